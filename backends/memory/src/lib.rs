@@ -1,0 +1,1 @@
+//! In-process backend for quorate: the same contract with no server, and faults on request

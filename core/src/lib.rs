@@ -1,0 +1,1 @@
+//! The waist, sessions, layers and recipes of quorate; knows no client library

@@ -1,0 +1,1 @@
+//! Real coordinators on loopback, and a fault proxy, for tests and benches

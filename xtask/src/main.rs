@@ -1,0 +1,2 @@
+//! The two commands of the repository: test and bench
+fn main() {}
