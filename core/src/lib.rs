@@ -1,1 +1,21 @@
-//! The waist, sessions, layers and recipes of quorate; knows no client library
+//! The core of quorate: the waist that coordinators implement, and everything that stands on it.
+//!
+//! Promise: nothing here knows a client library or names a backend; what is written over the waist means the
+//! same on all of them. Applications use the facade crate `quorate`; this crate is for those who write a
+//! backend or a recipe.
+
+pub mod backend;
+pub mod config;
+pub mod endpoints;
+pub mod error;
+pub mod key;
+pub mod watch;
+
+pub use backend::{
+    Backend, Check, Commit, Enqueue, Entry, Fencing, Front, Lease, LeaseId, Line, Nonce, Place, Profile, Revision,
+    Snapshot, Ticket, TicketKind, Txn, Write,
+};
+pub use config::{Config, Secret, Tls};
+pub use error::{Error, ErrorKind, Result};
+pub use key::{Dir, Key, KeyRange, MAX_NAME};
+pub use watch::{Watch, WatchEvent, WatchSender};
