@@ -53,18 +53,24 @@ async fn poll_times<F: Future>(work: F, polls: usize) -> Option<F::Output> {
     .await
 }
 
-/// Drops what `make` makes after 1, 2, 3 … polls until it ends by itself or waits longer than `patience`.
+/// Drops what `make` makes after 1, 2, 3 … polls until it ends by itself or waits longer than `patience`. Each
+/// time the output, if any, is judged and dropped; then so many tickets must be left that others hold.
 async fn each_poll<T>(
+    (coord, others): (&Coordinator, usize),
     patience: Duration,
     mut make: impl FnMut() -> BoxFuture<'static, T>,
-    mut after: impl AsyncFnMut(Option<T>),
+    judge: fn(T),
 ) {
     for polls in 1..=MOST {
         let ended = tokio::time::timeout(patience, poll_times(make(), polls)).await;
-        let waits = ended.is_err();
-        let output = ended.ok().flatten();
-        let done = output.is_some() || waits;
-        after(output).await;
+        let done = !matches!(ended, Ok(None));
+        if let Ok(Some(output)) = ended {
+            judge(output);
+        }
+        until_tickets(coord, "job", others).await;
+        if others == 0 {
+            is_clean(coord).await;
+        }
         if done {
             return;
         }
@@ -87,15 +93,13 @@ async fn a_dropped_acquire_leaves_nothing(clients: Arc<dyn Clients>) {
     a.session().await.expect("a session");
     let lock = a.lock("job");
     each_poll(
+        (&b, 0),
         SOON,
         || {
             let lock = lock.clone();
             boxed(async move { lock.acquire().await.expect("granted") })
         },
-        async |guard| {
-            drop(guard);
-            is_clean(&b).await;
-        },
+        drop,
     )
     .await;
 }
@@ -106,15 +110,13 @@ async fn a_dropped_wait_leaves_nothing(clients: Arc<dyn Clients>) {
     let held = b.lock("job").acquire().await.expect("granted");
     let lock = a.lock("job");
     each_poll(
+        (&b, 1),
         Duration::from_millis(300),
         || {
             let lock = lock.clone();
             boxed(async move { lock.acquire().await })
         },
-        async |guard| {
-            assert!(guard.is_none(), "the lock is held by somebody else");
-            until_tickets(&b, "job", 1).await;
-        },
+        |guard| panic!("the lock is held by somebody else: {guard:?}"),
     )
     .await;
     held.release().await.expect("released");
@@ -126,15 +128,13 @@ async fn a_dropped_try_leaves_nothing(clients: Arc<dyn Clients>) {
     a.session().await.expect("a session");
     let lock = a.lock("job");
     each_poll(
+        (&b, 0),
         SOON,
         || {
             let lock = lock.clone();
             boxed(async move { lock.try_acquire().await.expect("trying works") })
         },
-        async |guard| {
-            drop(guard);
-            is_clean(&b).await;
-        },
+        drop,
     )
     .await;
 }
@@ -145,15 +145,13 @@ async fn a_dropped_refused_try_leaves_nothing(clients: Arc<dyn Clients>) {
     let held = b.lock("job").acquire().await.expect("granted");
     let lock = a.lock("job");
     each_poll(
+        (&b, 1),
         SOON,
         || {
             let lock = lock.clone();
             boxed(async move { lock.try_acquire().await.expect("trying works") })
         },
-        async |guard| {
-            assert!(guard.flatten().is_none());
-            until_tickets(&b, "job", 1).await;
-        },
+        |guard| assert!(guard.is_none(), "the lock is held by somebody else"),
     )
     .await;
     held.release().await.expect("released");
@@ -165,15 +163,13 @@ async fn a_dropped_acquire_within_leaves_nothing(clients: Arc<dyn Clients>) {
     let held = b.lock("job").acquire().await.expect("granted");
     let lock = a.lock("job");
     each_poll(
+        (&b, 1),
         SOON,
         || {
             let lock = lock.clone();
             boxed(async move { lock.acquire_within(Duration::from_millis(200)).await.expect("no error") })
         },
-        async |guard| {
-            assert!(guard.flatten().is_none());
-            until_tickets(&b, "job", 1).await;
-        },
+        |guard| assert!(guard.is_none(), "the lock is held by somebody else"),
     )
     .await;
     held.release().await.expect("released");

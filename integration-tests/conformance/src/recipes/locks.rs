@@ -91,8 +91,30 @@ async fn hostile_lock_names_never_collide(clients: Arc<dyn Clients>) {
     let coord = coord(&clients).await;
     let long = "x".repeat(MAX_NAME);
     let names = [
-        "a", "A", "a/", "/a", "a/b", "a//b", "a b", ".", "..", "a/..", "%2F", "a%2Fb", "\0", "\u{7f}", "\n", "é",
-        "🦀", "\u{ffff}", "*", "?x=y#z", "zookeeper", "lock", "kv", &long,
+        "a",
+        "A",
+        "a/",
+        "/a",
+        "a/b",
+        "a//b",
+        "a b",
+        ".",
+        "..",
+        "a/..",
+        "%2F",
+        "a%2Fb",
+        "\0",
+        "\u{7f}",
+        "\n",
+        "é",
+        "🦀",
+        "\u{ffff}",
+        "*",
+        "?x=y#z",
+        "zookeeper",
+        "lock",
+        "kv",
+        &long,
     ];
     let mut guards = Vec::new();
     for name in names {

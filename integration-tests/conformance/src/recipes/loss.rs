@@ -2,7 +2,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use quorate_core::{Check, ErrorKind, Txn, Write, layer::{Chaos, Fault, Rule, Stack, Verb}};
+use quorate_core::{
+    Check, ErrorKind, Txn, Write,
+    layer::{Chaos, Fault, Rule, Stack, Verb},
+};
 use tokio::time::{Instant, sleep};
 
 use super::{coord, coord_over, short_coord, until_tickets};
@@ -172,7 +175,13 @@ async fn a_lost_hold_is_not_released_by_its_old_guard(clients: Arc<dyn Clients>)
     drop(old);
     sleep(crate::support::QUIET).await;
     let check = Check::Standing {
-        ticket: b.backend().line(&quorate_core::Dir::new(["lock", "job"]).expect("valid")).await.expect("a look").tickets.remove(0),
+        ticket: b
+            .backend()
+            .line(&quorate_core::Dir::new(["lock", "job"]).expect("valid"))
+            .await
+            .expect("a look")
+            .tickets
+            .remove(0),
         token: quorate_core::Revision(new.token().get()),
     };
     let still = b.backend().commit(&Txn { checks: vec![check], writes: Vec::new() }).await.expect("answered");

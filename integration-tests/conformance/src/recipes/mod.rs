@@ -58,8 +58,6 @@ pub(crate) async fn tickets(coord: &Coordinator, name: &str) -> usize {
 
 /// Waits until so many tickets stand in a lock's line.
 pub(crate) async fn until_tickets(coord: &Coordinator, name: &str, count: usize) {
-    crate::support::eventually(&format!("{count} tickets in the line"), async || {
-        tickets(coord, name).await == count
-    })
-    .await;
+    crate::support::eventually(&format!("{count} tickets in the line"), async || tickets(coord, name).await == count)
+        .await;
 }
