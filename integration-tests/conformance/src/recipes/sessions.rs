@@ -60,7 +60,7 @@ async fn closing_ends_everything_on_the_session_at_once(clients: Arc<dyn Clients
     a.kv().put_ephemeral(&session, "here", "x").await.expect("put");
     session.close().await.expect("closed");
     assert!(!guard.is_held() && session.state() == SessionState::Closed);
-    within(SOON, "the lock of a closed session", b.lock("job").acquire()).await.expect("granted");
+    drop(within(SOON, "the lock of a closed session", b.lock("job").acquire()).await.expect("granted"));
     assert!(b.kv().get("here").await.expect("get").is_none(), "ephemeral keys end with the session");
     refused(a.kv().put_ephemeral(&session, "here", "x").await, ErrorKind::SessionLost, "put on a closed session");
 }
@@ -83,7 +83,7 @@ async fn dropping_the_last_handle_closes(clients: Arc<dyn Clients>) {
     drop(a);
     assert!(guard.is_held(), "a guard keeps its session");
     drop(guard);
-    within(SOON, "the lock of a dropped session", b.lock("job").acquire()).await.expect("granted");
+    drop(within(SOON, "the lock of a dropped session", b.lock("job").acquire()).await.expect("granted"));
 }
 
 async fn an_orphaned_lease_lives_to_its_ttl(clients: Arc<dyn Clients>) {
