@@ -1,8 +1,7 @@
 //! What a server's answer, or the lack of one, means to the caller.
 //!
-//! Promise: `Unavailable` is only said where the server surely did not run the script. A script runs as a
-//! whole or not at all, so every refusal that the server itself sends means "not applied"; only a missing
-//! answer leaves a write in doubt.
+//! Promise: `Unavailable` is only said where the server surely did not run the script: these refusals come
+//! before a script's first write. Only a missing answer leaves a write in doubt.
 
 use quorate_core::{Error, ErrorKind};
 use redis::{ErrorKind as Kind, RedisError};
@@ -110,7 +109,11 @@ fn refusal(error: &RedisError, text: String) -> (Failure, Verdict) {
     if said("WRONGTYPE") {
         return (Failure::new(ErrorKind::Corrupt, text), Verdict::Keep);
     }
-    (Failure::new(ErrorKind::Backend, format!("the server refused, nothing was applied: {text}")), Verdict::Keep)
+    if said("OOM") {
+        let text = format!("the server's memory is full, nothing was applied: {text}");
+        return (Failure::new(ErrorKind::Backend, text), Verdict::Keep);
+    }
+    (Failure::new(ErrorKind::Backend, text), Verdict::Keep)
 }
 
 fn contains_code(detail: &str, code: &str) -> bool {
