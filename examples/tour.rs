@@ -63,7 +63,7 @@ async fn contended_lock(coord: &Coordinator) -> Result<()> {
         tasks.push(tokio::spawn(async move {
             let guard = lock.acquire().await?;
             println!("   {:>4} ms  {name} has it, token {}", started.elapsed().as_millis(), guard.token());
-            sleep(Duration::from_millis(20)).await;
+            sleep(Duration::from_millis(40)).await;
             guard.release().await
         }));
         // Arrivals a moment apart, so that the order of arrival is plain to see.

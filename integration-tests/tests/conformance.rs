@@ -45,9 +45,8 @@ fn main() -> ExitCode {
     arguments.test_threads = arguments.test_threads.or(Some(8));
     actor::BINARY.set(env!("CARGO_BIN_EXE_quorate-actor")).expect("set here only");
     let runtime = Runtime::new().expect("a runtime starts");
-    let results = std::env::var_os("QUORATE_RESULTS").map(|path| {
-        Arc::new(Mutex::new(File::create(path).expect("the file for the results can be made")))
-    });
+    let results = std::env::var_os("QUORATE_RESULTS")
+        .map(|path| Arc::new(Mutex::new(File::create(path).expect("the file for the results can be made"))));
     let results = Results(results);
     let starts = runtime.block_on(sites());
     let mut trials = Vec::new();
@@ -74,14 +73,16 @@ async fn sites() -> Vec<(&'static str, Start)> {
 
 fn contract(runtime: &Runtime, results: &Results, backend: &'static str, start: &Start) -> Vec<Trial> {
     let cases = waist_cases().into_iter().chain(recipe_cases());
-    cases.map(|case: Case| {
-        let (handle, results, start) = (runtime.handle().clone(), results.clone(), start.clone());
-        trial(handle, results, backend, format!("{}/{}", case.group, case.name), async move {
-            let clients = SiteClients::new(&*start?);
-            let limit = limit(&*clients).await.map_err(|e| e.to_string())?;
-            run_case(case, clients, limit).await
+    cases
+        .map(|case: Case| {
+            let (handle, results, start) = (runtime.handle().clone(), results.clone(), start.clone());
+            trial(handle, results, backend, format!("{}/{}", case.group, case.name), async move {
+                let clients = SiteClients::new(&*start?);
+                let limit = limit(&*clients).await.map_err(|e| e.to_string())?;
+                run_case(case, clients, limit).await
+            })
         })
-    }).collect()
+        .collect()
 }
 
 /// Cases that break processes or servers: not on memory, which has neither, and those that break a
@@ -93,19 +94,21 @@ fn site_cases(runtime: &Runtime, results: &Results, backend: &'static str, start
     let external = start.as_ref().is_ok_and(|site| !site.is_ours());
     let outages = if external { Vec::new() } else { outage::cases() };
     let cases = process::cases().into_iter().map(|c| (c, false)).chain(outages.into_iter().map(|c| (c, true)));
-    cases.map(|(case, own_server): (SiteCase, bool)| {
-        let (handle, results, start) = (runtime.handle().clone(), results.clone(), start.clone());
-        trial(handle, results, backend, format!("{}/{}", case.group, case.name), async move {
-            let shared = start?;
-            let site = if own_server { Arc::new(Site::start(backend).await?) } else { shared };
-            let run = tokio::spawn((case.run)(site));
-            match tokio::time::timeout(Duration::from_secs(150), run).await {
-                Ok(Ok(outcome)) => Ok(outcome),
-                Ok(Err(panic)) => Err(panic.to_string()),
-                Err(_) => Err("it did not end within 150 s".to_owned()),
-            }
+    cases
+        .map(|(case, own_server): (SiteCase, bool)| {
+            let (handle, results, start) = (runtime.handle().clone(), results.clone(), start.clone());
+            trial(handle, results, backend, format!("{}/{}", case.group, case.name), async move {
+                let shared = start?;
+                let site = if own_server { Arc::new(Site::start(backend).await?) } else { shared };
+                let run = tokio::spawn((case.run)(site));
+                match tokio::time::timeout(Duration::from_secs(150), run).await {
+                    Ok(Ok(outcome)) => Ok(outcome),
+                    Ok(Err(panic)) => Err(panic.to_string()),
+                    Err(_) => Err("it did not end within 150 s".to_owned()),
+                }
+            })
         })
-    }).collect()
+        .collect()
 }
 
 fn trial(

@@ -23,7 +23,9 @@ pub(crate) fn check() -> Outcome {
     if has("cargo-deny", "--version") {
         must("dependency rules", &mut cargo(&["deny", "--offline", "check", "licenses", "bans", "sources"]))?;
     } else {
-        headline("dependency rules: cargo-deny is not installed (cargo install cargo-deny --locked); only the heavy ones are checked");
+        headline(
+            "dependency rules: cargo-deny is not installed (cargo install cargo-deny --locked); only the heavy ones are checked",
+        );
         heavy_dependencies()?;
     }
     Ok(())

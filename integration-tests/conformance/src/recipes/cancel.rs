@@ -53,6 +53,11 @@ async fn poll_times<F: Future>(work: F, polls: usize) -> Option<F::Output> {
     .await
 }
 
+/// The same for a future that may wait for ever.
+async fn poll_waiting<F: Future>(work: F, polls: usize) {
+    let _ = tokio::time::timeout(Duration::from_millis(20), poll_times(work, polls)).await;
+}
+
 /// Drops what `make` makes after 1, 2, 3 … polls until it ends by itself or waits longer than `patience`. Each
 /// time the output, if any, is judged and dropped; then so many tickets must be left that others hold.
 async fn each_poll<T>(
@@ -220,11 +225,11 @@ async fn other_dropped_calls_leave_a_coordinator_that_works(clients: Arc<dyn Cli
         drop(poll_times(kv.delete_prefix(""), polls).await);
         drop(poll_times(kv.txn().if_absent("t").put("t", "x").commit(), polls).await);
         if let Some(Ok(mut watch)) = poll_times(kv.watch_prefix(""), polls).await {
-            drop(poll_times(watch.next(), polls).await);
+            poll_waiting(watch.next(), polls).await;
         }
         let guard = lock.acquire().await.expect("granted");
-        let _ = poll_times(guard.lost(), polls).await;
-        drop(poll_times(guard.protect(std::future::pending::<()>()), polls).await);
+        poll_waiting(guard.lost(), polls).await;
+        poll_waiting(guard.protect(std::future::pending::<()>()), polls).await;
         assert!(guard.is_held());
         guard.release().await.expect("released");
         is_clean(&a).await;

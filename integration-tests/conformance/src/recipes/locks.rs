@@ -36,6 +36,8 @@ cases!("lock":
     nothing_stays_behind_when_a_lock_is_no_longer_used,
     protected_work_runs_to_its_end_while_the_lock_is_held,
     a_hundred_tasks_never_meet_inside_and_tokens_rise,
+    a_hold_is_given_back_by_its_fence_from_elsewhere,
+    several_locks_are_taken_together_or_not_at_all,
 );
 
 async fn a_lock_excludes_is_not_reentrant_and_can_be_taken_again(clients: Arc<dyn Clients>) {
@@ -285,4 +287,39 @@ async fn a_hundred_tasks_never_meet_inside_and_tokens_rise(clients: Arc<dyn Clie
     assert_eq!(counter.get("counter").await.expect("get").expect("exists").value, "100");
     let tokens = tokens.lock().expect("no poison");
     assert!(tokens.windows(2).all(|pair| pair[0] < pair[1]), "tokens rise in the order of grants: {tokens:?}");
+}
+
+async fn a_hold_is_given_back_by_its_fence_from_elsewhere(clients: Arc<dyn Clients>) {
+    let (a, b) = (coord(&clients).await, coord(&clients).await);
+    let guard = a.lock("job").acquire().await.expect("granted");
+    let fence = guard.fence();
+    assert!(!b.lock("other").release_hold(&fence).await.expect("answered"), "a fence of another lock");
+    assert!(b.lock("job").release_hold(&fence).await.expect("answered"));
+    assert!(!b.lock("job").release_hold(&fence).await.expect("answered"), "it has ended already");
+    let newer = b.lock("job").try_acquire().await.expect("trying works").expect("free");
+    assert!(!a.lock("job").release_hold(&fence).await.expect("answered"), "an old fence frees nobody's newer lock");
+    assert!(guard.release().await.is_err());
+    newer.release().await.expect("released");
+}
+
+async fn several_locks_are_taken_together_or_not_at_all(clients: Arc<dyn Clients>) {
+    let (a, b) = (coord(&clients).await, coord(&clients).await);
+    let blocker = b.lock("m").acquire().await.expect("granted");
+    let all = a.lock_all(["z", "m", "a", "m"]);
+    assert!(all.try_acquire().await.expect("trying works").is_none());
+    assert!(all.acquire_within(QUIET).await.expect("no error").is_none());
+    for free in ["a", "z"] {
+        until_tickets(&b, free, 0).await;
+    }
+    blocker.release().await.expect("released");
+    let guard = all.acquire().await.expect("granted");
+    assert!(guard.is_held() && guard.tokens().len() == 3);
+    // One of them is taken away: the others are released all the same, and the loss is told.
+    b.lock("m").break_holder().await.expect("breaking works").expect("held");
+    assert!(guard.release().await.is_err_and(|e| e.kind() == ErrorKind::SessionLost));
+    for free in ["a", "m", "z"] {
+        until_tickets(&b, free, 0).await;
+    }
+    refused(a.lock_all(["a", ""]).acquire().await, ErrorKind::InvalidInput, "a bad name among good ones");
+    until_tickets(&b, "a", 0).await;
 }
