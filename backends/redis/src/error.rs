@@ -31,12 +31,13 @@ const NOT_NOW: &[(&str, Verdict)] = &[
     ("BUSY", Verdict::Keep),
     ("TRYAGAIN", Verdict::Keep),
     ("ASK", Verdict::Keep),
-    ("NOREPLICAS", Verdict::Keep),
     ("MISCONF", Verdict::Keep),
     ("MOVED", Verdict::Leave),
     ("CLUSTERDOWN", Verdict::Leave),
     ("MASTERDOWN", Verdict::Leave),
     ("READONLY", Verdict::Leave),
+    // A primary that was cut off from its replicas; there may be a new one.
+    ("NOREPLICAS", Verdict::Leave),
     ("UNKILLABLE", Verdict::Keep),
 ];
 
@@ -75,6 +76,10 @@ pub(crate) fn classify(error: &RedisError, effect: Effect) -> (Failure, Verdict)
         Kind::Parse => {
             let kind = if effect == Effect::Reads { ErrorKind::Unavailable } else { ErrorKind::Ambiguous };
             (Failure::new(kind, format!("the answer is not in Redis's protocol: {text}")), Verdict::Leave)
+        }
+        Kind::RESP3NotSupported => {
+            let text = format!("the server is older than Redis 6: {text}");
+            (Failure::new(ErrorKind::Unsupported, text), Verdict::Leave)
         }
         _ => refusal(error, text),
     }
@@ -151,7 +156,7 @@ mod tests {
             ("-READONLY You can't write against a read only replica.\r\n", (ErrorKind::Unavailable, Verdict::Leave)),
             ("-MOVED 3999 127.0.0.1:6381\r\n", (ErrorKind::Unavailable, Verdict::Leave)),
             ("-CLUSTERDOWN The cluster is down\r\n", (ErrorKind::Unavailable, Verdict::Leave)),
-            ("-NOREPLICAS Not enough good replicas to write.\r\n", (ErrorKind::Unavailable, Verdict::Keep)),
+            ("-NOREPLICAS Not enough good replicas to write.\r\n", (ErrorKind::Unavailable, Verdict::Leave)),
             ("-OOM command not allowed when used memory > 'maxmemory'.\r\n", (ErrorKind::Backend, Verdict::Keep)),
             ("-WRONGTYPE Operation against a key\r\n", (ErrorKind::Corrupt, Verdict::Keep)),
             (

@@ -70,7 +70,9 @@ pub(crate) async fn enqueue(server: &Server, entry: &Enqueue) -> Result<Option<P
         return Err(ended("enqueue", &entry.lease));
     }
     let ticket = Ticket { line: entry.line.clone(), name, kind: entry.kind };
-    place(ticket, &mut parts).map(Some).map_err(|e| unexpected("enqueue", &e).key(&entry.line))
+    let place = place(ticket, &mut parts).map_err(|e| unexpected("enqueue", &e).key(&entry.line))?;
+    server.connector.saw(place.token);
+    Ok(Some(place))
 }
 
 pub(crate) async fn look(server: &Server, of: &Ticket, depth: usize) -> Result<Option<Place>> {
