@@ -6,7 +6,7 @@ use quorate_core::{Check, Commit, Dir, Error, LeaseId, Result, Revision, Txn, Wr
 
 use crate::{
     MAX_TXN, MAX_VALUE, lost,
-    store::{Change, Item, State, number},
+    store::{Change, Item, State, directory, number},
     too_large,
 };
 
@@ -95,7 +95,7 @@ impl State {
     }
 
     fn put(&mut self, path: &str, name: &str, mut item: Item) -> Option<Change> {
-        let directory = self.directory(path);
+        let directory = directory(&mut self.directories, path);
         let (path, watched) = (directory.path.clone(), !directory.watchers.is_empty());
         let (name, old_lease) = match directory.keys.get_key_value(name) {
             Some((name, old)) => {
