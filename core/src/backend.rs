@@ -368,3 +368,18 @@ pub struct Profile {
     /// The largest number of checks and writes in one transaction.
     pub max_txn: usize,
 }
+
+impl fmt::Display for Txn {
+    /// What the transaction is about: the first key it writes, or else checks, and how many more there are.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = self.writes.len() + self.checks.len();
+        match (self.writes.first(), self.checks.first()) {
+            (Some(Write::Put { key, .. } | Write::Delete(key)), _) => key.fmt(f)?,
+            (Some(Write::Leave(ticket)), _) => ticket.fmt(f)?,
+            (None, Some(Check::Absent(key) | Check::Unchanged { key, .. })) => key.fmt(f)?,
+            (None, Some(Check::Standing { ticket, .. })) => ticket.fmt(f)?,
+            (None, None) => f.write_str("nothing")?,
+        }
+        if count > 1 { write!(f, " and {} more", count - 1) } else { Ok(()) }
+    }
+}

@@ -56,6 +56,25 @@ impl Dir {
         Self::new(path.strip_prefix('/').unwrap_or(path).split('/'))
     }
 
+    /// A directory from its encoded path, as [`as_str`](Self::as_str) gave it.
+    ///
+    /// # Errors
+    /// `InvalidInput` if the path is not in that form.
+    pub fn from_encoded(path: &str) -> Result<Self> {
+        let decode = |segment: &str| percent_encoding::percent_decode_str(segment).decode_utf8().map(Into::into);
+        let segments: Vec<String> = path
+            .split('/')
+            .map(decode)
+            .collect::<Result<_, _>>()
+            .map_err(|_| Error::invalid("directory", "the path is not UTF-8 after decoding").key(path))?;
+        let dir = Self::new(segments.iter().map(String::as_str))?;
+        if dir.as_str() == path {
+            Ok(dir)
+        } else {
+            Err(Error::invalid("directory", "the path is not encoded").key(path))
+        }
+    }
+
     /// The encoded path, without a leading or trailing `/`. This is what backends store.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -6,9 +6,14 @@
 
 pub mod backend;
 pub mod config;
+pub mod coordinator;
 pub mod endpoints;
 pub mod error;
 pub mod key;
+pub mod kv;
+pub mod layer;
+pub mod lock;
+pub mod session;
 pub mod watch;
 
 pub use backend::{
@@ -16,6 +21,10 @@ pub use backend::{
     Snapshot, Ticket, TicketKind, Txn, Write,
 };
 pub use config::{Config, Secret, Tls};
+pub use coordinator::Coordinator;
 pub use error::{Error, ErrorKind, Result};
 pub use key::{Dir, Key, KeyRange, MAX_NAME};
+pub use kv::{Kv, KvEvent, Swap, TxnOutcome};
+pub use lock::{Fence, FencingToken, Lock, LockGuard, LockStatus};
+pub use session::{Session, SessionOptions, SessionState};
 pub use watch::{Watch, WatchEvent, WatchSender};

@@ -1,0 +1,162 @@
+//! The coordinator: what an application holds in its hands.
+//!
+//! Promise: everything made from one coordinator shares one connection and, unless said otherwise, one session,
+//! opened when first needed. A lost session does not silently become a new one: what stood on it is lost and
+//! says so; only later calls get a new session.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use crate::{
+    backend::{Backend, Profile},
+    error::{Error, ErrorKind, Result},
+    key::Dir,
+    kv::Kv,
+    lock::{Lock, MultiLock},
+    session::{Session, SessionOptions},
+};
+
+/// A connected coordinator. Cheap to clone; all clones share the connection and the session.
+#[derive(Debug, Clone)]
+pub struct Coordinator {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    backend: Arc<dyn Backend>,
+    options: SessionOptions,
+    session: Mutex<Option<Session>>,
+    /// Held by the task that opens a session, so that two callers do not open two.
+    opening: tokio::sync::Mutex<()>,
+    closed: std::sync::atomic::AtomicBool,
+}
+
+impl Coordinator {
+    /// A coordinator over a backend, usually one with [layers](crate::layer) around it.
+    pub fn new(backend: Arc<dyn Backend>, options: SessionOptions) -> Self {
+        let inner = Inner {
+            backend,
+            options,
+            session: Mutex::default(),
+            opening: tokio::sync::Mutex::default(),
+            closed: std::sync::atomic::AtomicBool::new(false),
+        };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// A lock by name. Any name from 1 to [`MAX_NAME`](crate::MAX_NAME) bytes; others are refused at the first use.
+    pub fn lock(&self, name: &str) -> Lock {
+        Lock::new(self.clone(), Dir::new(["lock", name]))
+    }
+
+    /// The lock that clients of another library keep at this path below the namespace, `/` separating its
+    /// parts: for example `etcdctl lock <namespace>/<path>`, or a Curator or kazoo lock at that path.
+    pub fn lock_at(&self, path: &str) -> Lock {
+        Lock::new(self.clone(), Dir::from_path(path))
+    }
+
+    /// Several locks as one. Names may come in any order; each counts once.
+    pub fn lock_all<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> MultiLock {
+        let names: std::collections::BTreeSet<&str> = names.into_iter().collect();
+        MultiLock::new(names.into_iter().map(|name| self.lock(name)).collect())
+    }
+
+    /// Keys and values.
+    pub fn kv(&self) -> Kv {
+        Kv::new(self.inner.backend.clone())
+    }
+
+    /// The coordinator's own session, opened if there is none or the last one was lost.
+    ///
+    /// # Errors
+    /// `Unavailable` after [`close`](Self::close), or what the backend's `grant` says.
+    ///
+    /// # Cancel safety
+    /// A session that is being opened when the call is dropped is kept for the next one.
+    pub async fn session(&self) -> Result<Session> {
+        if let Some(session) = self.current() {
+            return Ok(session);
+        }
+        // A task of its own, so that a caller who gives up leaves no lease that nobody knows.
+        let this = self.clone();
+        let opened = tokio::spawn(async move { this.open_shared().await }).await;
+        opened.unwrap_or_else(|_| Err(self.error("grant", "the task that opened the session was stopped")))
+    }
+
+    fn current(&self) -> Option<Session> {
+        let session = self.inner.session.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        session.filter(Session::is_live).filter(|_| !self.is_closed())
+    }
+
+    async fn open_shared(&self) -> Result<Session> {
+        let _opening = self.inner.opening.lock().await;
+        if let Some(session) = self.current() {
+            return Ok(session);
+        }
+        let session = self.open_session(&self.inner.options).await?;
+        *self.inner.session.lock().unwrap_or_else(PoisonError::into_inner) = Some(session.clone());
+        // A close that came while the lease was being granted did not see this session.
+        if self.is_closed() {
+            let _ = session.close().await;
+            return Err(self.error("grant", "the coordinator was closed"));
+        }
+        Ok(session)
+    }
+
+    /// Opens another session, with its own lease.
+    ///
+    /// # Errors
+    /// As for [`session`](Self::session).
+    ///
+    /// # Cancel safety
+    /// As for [`Session::open`].
+    pub async fn open_session(&self, options: &SessionOptions) -> Result<Session> {
+        if self.is_closed() {
+            return Err(self.error("grant", "the coordinator was closed"));
+        }
+        Session::open(self.inner.backend.clone(), options).await
+    }
+
+    /// What the backend guarantees and where its limits are.
+    pub fn profile(&self) -> &Profile {
+        self.inner.backend.profile()
+    }
+
+    /// The waist, with the layers around it: for recipes of your own.
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.inner.backend
+    }
+
+    /// Closes the coordinator's own session: every lock on it is given up at once. Later calls that need a
+    /// session fail.
+    ///
+    /// # Errors
+    /// If the server could not be told; it ends the lease by itself after its TTL.
+    ///
+    /// # Cancel safety
+    /// The first poll closes; the background finishes.
+    pub async fn close(&self) -> Result<()> {
+        self.inner.closed.store(true, std::sync::atomic::Ordering::Release);
+        let session = self.inner.session.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match session {
+            Some(session) => session.close().await,
+            None => Ok(()),
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.inner.closed.load(std::sync::atomic::Ordering::Acquire)
+    }
+
+    fn error(&self, operation: &'static str, message: &str) -> Error {
+        Error::new(ErrorKind::Unavailable, operation, message).on(self.profile().backend).next("connect again")
+    }
+
+    /// The TTL that the coordinator's own session asks for.
+    pub fn session_ttl(&self) -> Duration {
+        self.inner.options.ttl
+    }
+}

@@ -1,0 +1,69 @@
+//! Watches over keys, with names as the user wrote them.
+//!
+//! Promise: as [`crate::watch`] says.
+
+use super::{KeyValue, describe};
+use crate::{
+    backend::Revision,
+    error::Error,
+    watch::{Watch, WatchEvent},
+};
+
+/// What a watch over keys tells.
+#[derive(Debug)]
+pub enum KvEvent {
+    /// Everything the range holds. Forget what was known before.
+    Reset(Vec<KeyValue>),
+    /// A key was created or changed.
+    Put(KeyValue),
+    /// A key was deleted, or its session ended.
+    Delete {
+        /// The key.
+        key: String,
+        /// The revision of the deletion, or a lower bound of it.
+        revision: Revision,
+    },
+    /// Contact to the server was lost; what is known may be stale. The next event is a `Reset`.
+    Interrupted(Error),
+}
+
+/// A running watch over keys. Dropping it ends it.
+#[derive(Debug)]
+pub struct KvWatch {
+    watch: Watch,
+}
+
+impl KvWatch {
+    pub(super) fn new(watch: Watch) -> Self {
+        Self { watch }
+    }
+
+    /// The next event; the first is a `Reset`.
+    ///
+    /// # Errors
+    /// Once, when the watch has ended for good (for example `Denied`, or the client was closed).
+    ///
+    /// # Cancel safety
+    /// Nothing is lost.
+    pub async fn next(&mut self) -> Result<KvEvent, Error> {
+        loop {
+            let Some(event) = self.watch.next().await else {
+                return Err(self.watch.end().unwrap_or_else(|| {
+                    Error::new(crate::ErrorKind::Unavailable, "watch", "the watch has ended: the client was closed")
+                }));
+            };
+            return Ok(match event {
+                WatchEvent::Reset(now) => KvEvent::Reset(now.entries.into_iter().filter_map(describe).collect()),
+                WatchEvent::Put(entry) => match describe(entry) {
+                    Some(entry) => KvEvent::Put(entry),
+                    None => continue,
+                },
+                WatchEvent::Delete { key, revision } => match key.name() {
+                    Some(key) => KvEvent::Delete { key, revision },
+                    None => continue,
+                },
+                WatchEvent::Interrupted(error) => KvEvent::Interrupted(error),
+            });
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! Layers: behaviour that wraps any backend and is a backend itself.
+//!
+//! Promise: a layer changes when and how often a call is made, never what it means; it may be put around any
+//! backend, in any order, more than once. The order that [`Stack::standard`] gives is trace ▸ metrics ▸ retry ▸
+//! timeout ▸ limit: a retry sees each attempt's own time limit, and metrics see what the caller saw.
+//!
+//! A layer is one method, [`Wrap::call`]; the verbs are spelled out once, in [`Layered`].
+
+mod chaos;
+mod limit;
+mod observe;
+mod retry;
+mod timeout;
+
+use std::{fmt, future::Future, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+
+pub use chaos::{Chaos, Fault, Rule};
+pub use limit::Limit;
+pub use observe::{Metrics, Trace};
+pub use retry::Retry;
+pub use timeout::Timeout;
+
+use crate::{
+    backend::{Backend, Commit, Enqueue, Lease, LeaseId, Line, Place, Profile, Snapshot, Ticket, Txn, Write},
+    error::Result,
+    key::{Dir, KeyRange},
+    watch::Watch,
+};
+
+/// A verb of the waist.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[allow(missing_docs, reason = "each is the method of the same name")]
+pub enum Verb {
+    Grant,
+    Renew,
+    Revoke,
+    Read,
+    Commit,
+    Watch,
+    Enqueue,
+    Look,
+    Line,
+    Gone,
+}
+
+impl Verb {
+    /// Every verb.
+    pub const ALL: [Self; 10] = [
+        Self::Grant,
+        Self::Renew,
+        Self::Revoke,
+        Self::Read,
+        Self::Commit,
+        Self::Watch,
+        Self::Enqueue,
+        Self::Look,
+        Self::Line,
+        Self::Gone,
+    ];
+
+    /// The method's name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Grant => "grant",
+            Self::Renew => "renew",
+            Self::Revoke => "revoke",
+            Self::Read => "read",
+            Self::Commit => "commit",
+            Self::Watch => "watch",
+            Self::Enqueue => "enqueue",
+            Self::Look => "look",
+            Self::Line => "line",
+            Self::Gone => "gone",
+        }
+    }
+
+    /// Whether the verb may change the store.
+    pub fn writes(self) -> bool {
+        matches!(self, Self::Grant | Self::Renew | Self::Revoke | Self::Commit | Self::Enqueue)
+    }
+}
+
+/// One call, as a layer sees it.
+#[derive(Clone, Copy)]
+pub struct Op<'a> {
+    /// What is called.
+    pub verb: Verb,
+    /// What it is about: a key, a range, a line or a lease.
+    pub subject: &'a (dyn fmt::Display + Sync),
+    /// The backend's name.
+    pub backend: &'static str,
+    /// Whether the call may be made again although an earlier attempt may have been applied.
+    pub repeatable: bool,
+}
+
+impl fmt::Debug for Op<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} on {}", self.verb.as_str(), self.subject, self.backend)
+    }
+}
+
+/// What a layer does around a call.
+pub trait Wrap: fmt::Debug + Send + Sync + 'static {
+    /// Makes the call: never, once, or more often if `op` is repeatable or surely was not applied.
+    ///
+    /// # Cancel safety
+    /// Dropping the future drops the call within.
+    fn call<'a, T, F, Fut>(&'a self, op: Op<'a>, call: F) -> impl Future<Output = Result<T>> + Send + 'a
+    where
+        T: Send + 'a,
+        F: Fn() -> Fut + Send + Sync + 'a,
+        Fut: Future<Output = Result<T>> + Send + 'a;
+}
+
+/// A backend with a layer around it.
+#[derive(Debug)]
+pub struct Layered<W> {
+    inner: Arc<dyn Backend>,
+    name: &'static str,
+    wrap: W,
+}
+
+impl<W: Wrap> Layered<W> {
+    /// Puts `wrap` around `inner`.
+    pub fn new(inner: Arc<dyn Backend>, wrap: W) -> Self {
+        let name = inner.profile().backend;
+        Self { inner, name, wrap }
+    }
+
+    fn op<'a>(&self, verb: Verb, subject: &'a (dyn fmt::Display + Sync)) -> Op<'a> {
+        Op { verb, subject, backend: self.name, repeatable: true }
+    }
+}
+
+#[async_trait]
+impl<W: Wrap> Backend for Layered<W> {
+    fn profile(&self) -> &Profile {
+        self.inner.profile()
+    }
+
+    async fn grant(&self, ttl: Duration) -> Result<Lease> {
+        // Granting twice leaves a lease that nobody renews: it ends by itself.
+        self.wrap.call(self.op(Verb::Grant, &"lease"), || self.inner.grant(ttl)).await
+    }
+
+    async fn renew(&self, lease: &LeaseId) -> Result<Duration> {
+        self.wrap.call(self.op(Verb::Renew, lease), || self.inner.renew(lease)).await
+    }
+
+    async fn revoke(&self, lease: &LeaseId) -> Result<()> {
+        self.wrap.call(self.op(Verb::Revoke, lease), || self.inner.revoke(lease)).await
+    }
+
+    async fn read(&self, range: &KeyRange) -> Result<Snapshot> {
+        self.wrap.call(self.op(Verb::Read, range), || self.inner.read(range)).await
+    }
+
+    async fn commit(&self, txn: &Txn) -> Result<Commit> {
+        let op = Op { repeatable: repeatable(txn), ..self.op(Verb::Commit, txn) };
+        self.wrap.call(op, || self.inner.commit(txn)).await
+    }
+
+    async fn watch(&self, range: &KeyRange) -> Result<Watch> {
+        self.wrap.call(self.op(Verb::Watch, range), || self.inner.watch(range)).await
+    }
+
+    async fn enqueue(&self, entry: &Enqueue) -> Result<Option<Place>> {
+        self.wrap.call(self.op(Verb::Enqueue, &entry.line), || self.inner.enqueue(entry)).await
+    }
+
+    async fn look(&self, ticket: &Ticket, depth: usize) -> Result<Option<Place>> {
+        self.wrap.call(self.op(Verb::Look, ticket), || self.inner.look(ticket, depth)).await
+    }
+
+    async fn line(&self, line: &Dir) -> Result<Line> {
+        self.wrap.call(self.op(Verb::Line, line), || self.inner.line(line)).await
+    }
+
+    async fn gone(&self, ticket: &Ticket) -> Result<()> {
+        self.wrap.call(self.op(Verb::Gone, ticket), || self.inner.gone(ticket)).await
+    }
+}
+
+/// A transaction may be made twice if doing it twice is the same as once: ticket names are never used
+/// again, so leaving is; a put or a delete could undo what somebody else wrote in between.
+fn repeatable(txn: &Txn) -> bool {
+    txn.checks.is_empty() && txn.writes.iter().all(|write| matches!(write, Write::Leave(_)))
+}
+
+/// Puts layers around a backend, innermost first.
+///
+/// ```no_run
+/// # use std::{sync::Arc, time::Duration};
+/// # use quorate_core::{Backend, layer::{Retry, Stack, Timeout, Trace}};
+/// # fn wrap(backend: Arc<dyn Backend>) -> Arc<dyn Backend> {
+/// Stack::new(backend).with(Timeout::new(Duration::from_secs(2))).with(Retry::default()).with(Trace).build()
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Stack(Arc<dyn Backend>);
+
+impl Stack {
+    /// Starts from a bare backend.
+    pub fn new(backend: Arc<dyn Backend>) -> Self {
+        Self(backend)
+    }
+
+    /// The layers every application wants: limit, timeout, retry, metrics, trace.
+    #[must_use]
+    pub fn standard(self, request_timeout: Duration) -> Self {
+        let metrics = Metrics::new(self.0.profile().backend);
+        self.with(Limit::default()).with(Timeout::new(request_timeout)).with(Retry::default()).with(metrics).with(Trace)
+    }
+
+    /// Adds a layer around what is there.
+    #[must_use]
+    pub fn with(self, wrap: impl Wrap) -> Self {
+        Self(Arc::new(Layered::new(self.0, wrap)))
+    }
+
+    /// The finished backend.
+    pub fn build(self) -> Arc<dyn Backend> {
+        self.0
+    }
+}
