@@ -206,7 +206,7 @@ impl Backend for Memory {
 
     async fn commit(&self, txn: &Txn) -> Result<Commit> {
         txn::validate(txn)?;
-        self.call(Verb::Commit, &txn::Subject(txn), |state| state.commit(&|dir| self.path(dir), txn)).await
+        self.call(Verb::Commit, txn, |state| state.commit(&|dir| self.path(dir), txn)).await
     }
 
     async fn watch(&self, range: &KeyRange) -> Result<Watch> {

@@ -8,8 +8,8 @@ use std::{
 
 use async_trait::async_trait;
 use quorate_core::{
-    Backend, Check, Commit, Dir, Enqueue, Error, ErrorKind, Key, KeyRange, Lease, LeaseId, Line, Nonce, Place, Profile,
-    Result, Revision, Snapshot, Ticket, TicketKind, Txn, Watch, WatchEvent, Write, watch::channel,
+    Backend, Check, Commit, Dir, Enqueue, Error, ErrorKind, Front, Key, KeyRange, Lease, LeaseId, Line, Nonce, Place,
+    Profile, Result, Revision, Snapshot, Ticket, TicketKind, Txn, Watch, WatchEvent, Write, watch::channel,
 };
 use quorate_memory::Memory;
 use tokio::{sync::Notify, time::sleep};
@@ -62,6 +62,13 @@ pub(crate) enum Flaw {
     LargeValuesAreCut,
     LargeIsTheServersError,
     DuplicatesAreTaken,
+    DeletedKeysReadAsEmpty,
+    EmptyLinesKeepAFront,
+    FrontsHaveNoValue,
+    LeasesShareAName,
+    LinesFoldCase,
+    RevokingTwiceFails,
+    ProfileDeclaresLess,
 }
 
 use Flaw::*;
@@ -117,6 +124,13 @@ pub(crate) const PLANTED: &[(Flaw, &[&str])] = &[
     (LargeValuesAreCut, &["the_largest_value_is_kept_and_a_larger_one_refused"]),
     (LargeIsTheServersError, &["the_largest_value_is_kept_and_a_larger_one_refused"]),
     (DuplicatesAreTaken, &["a_key_or_ticket_written_twice_is_refused"]),
+    (DeletedKeysReadAsEmpty, &["a_missing_key_reads_as_nothing"]),
+    (EmptyLinesKeepAFront, &["an_unused_line_is_empty"]),
+    (FrontsHaveNoValue, &["the_front_shows_its_token_and_value"]),
+    (LeasesShareAName, &["every_lease_has_a_name_of_its_own"]),
+    (LinesFoldCase, &["hostile_names_are_kept_apart_as_lines", "lines_do_not_mix"]),
+    (RevokingTwiceFails, &["revoking_twice_is_no_error"]),
+    (ProfileDeclaresLess, &["the_profile_has_limits_that_make_sense", "keys_and_tickets_change_together"]),
 ];
 
 /// What flawed clients of one store have in common.
@@ -127,6 +141,7 @@ pub(crate) struct Shared {
     versions: Mutex<HashMap<Key, Vec<u64>>>,
     old: Mutex<HashMap<KeyRange, Snapshot>>,
     tokens: Mutex<HashMap<Dir, Vec<u64>>>,
+    granted: Mutex<Option<Lease>>,
 }
 
 #[derive(Debug)]
@@ -223,8 +238,12 @@ impl Flawed {
                 _ => {}
             }
         }
-        if let Write::Delete(key) = &mut write {
-            *key = self.key(key);
+        match &mut write {
+            Write::Delete(key) if self.is(DeletedKeysReadAsEmpty) => {
+                write = Write::Put { key: key.clone(), value: Default::default(), lease: None };
+            }
+            Write::Delete(key) => *key = self.key(key),
+            _ => {}
         }
         write
     }
@@ -307,10 +326,18 @@ impl Flawed {
 #[async_trait]
 impl Backend for Flawed {
     fn profile(&self) -> &Profile {
+        static LESS: std::sync::OnceLock<Profile> = std::sync::OnceLock::new();
+        if self.is(ProfileDeclaresLess) {
+            return LESS.get_or_init(|| Profile { max_txn: 1, ..self.inner.profile().clone() });
+        }
         self.inner.profile()
     }
 
     async fn grant(&self, ttl: Duration) -> Result<Lease> {
+        if self.is(LeasesShareAName) {
+            let lease = self.inner.grant(ttl).await?;
+            return Ok(self.shared.granted.lock().unwrap().get_or_insert(lease).clone());
+        }
         if self.is(LeasesNeverEnd) {
             let lease = self.inner.grant(ttl).await?;
             let (inner, id, pause) = (self.inner.clone(), lease.id.clone(), lease.ttl / 3);
@@ -345,6 +372,9 @@ impl Backend for Flawed {
     async fn revoke(&self, lease: &LeaseId) -> Result<()> {
         if self.is(RevokeDoesNothing) {
             return Ok(());
+        }
+        if self.is(RevokingTwiceFails) {
+            self.inner.renew(lease).await?;
         }
         self.inner.revoke(lease).await
     }
@@ -417,6 +447,9 @@ impl Backend for Flawed {
             Some(NonceIsIgnored) => entry.nonce = Nonce::random(),
             Some(TryJoinsAsFirst | TryLeavesItsTicket) => entry.when_free = false,
             Some(LargeValuesAreCut) => entry.value.truncate(1 << 20),
+            Some(LinesFoldCase) => {
+                entry.line = Dir::from_encoded(&entry.line.as_str().to_lowercase()).unwrap_or(entry.line);
+            }
             _ => {}
         }
         let Some(mut place) = self.inner.enqueue(&entry).await? else { return Ok(None) };
@@ -445,6 +478,10 @@ impl Backend for Flawed {
     async fn line(&self, line: &Dir) -> Result<Line> {
         let mut listed = self.inner.line(line).await?;
         match self.flaw {
+            Some(EmptyLinesKeepAFront) if listed.front.is_none() => {
+                listed.front = Some(Front { token: Revision(1), value: Default::default() });
+            }
+            Some(FrontsHaveNoValue) => listed.front.iter_mut().for_each(|front| front.value.clear()),
             Some(LastComeFirstServed) => listed.tickets.reverse(),
             Some(KindsAreForgotten) => listed.tickets.iter_mut().for_each(|t| t.kind = TicketKind::Lock),
             _ => {}
