@@ -84,7 +84,10 @@ pub(crate) const PLANTED: &[(Flaw, &[&str])] = &[
     (WaitReturnsAtOnce, &["a_waiter_sleeps_while_the_ticket_stands_renewed"]),
     (WaitEndsOnlyByTimer, &["a_waiter_wakes_when_the_ticket_leaves", "twenty_waiters_are_served_in_order"]),
     (WaitIgnoresEndOfLease, &["a_waiter_wakes_when_the_lease_expires_and_not_before"]),
-    (WritesApplyOneByOne, &["readers_never_see_half_a_commit", "a_put_on_an_ended_lease_writes_nothing"]),
+    (
+        WritesApplyOneByOne,
+        &["readers_never_see_half_a_commit", "a_commit_dropped_half_way_is_applied_whole_or_not_at_all"],
+    ),
     (ChecksAreIgnored, &["creating_a_key_has_one_winner", "a_failed_check_writes_nothing", "no_increment_is_lost"]),
     (CulpritIsAlwaysTheFirst, &["the_culprit_is_the_first_check_that_fails"]),
     (AnyRevisionWillDo, &["compare_and_swap_has_one_winner_per_revision", "a_stale_revision_deletes_nothing"]),
