@@ -35,7 +35,10 @@ pub(crate) async fn commit(server: &Server, txn: &Txn) -> Result<Commit> {
     let effect = if txn.writes.is_empty() { Effect::Reads } else { Effect::Writes };
     let value = server.call("commit", effect, &call).await.map_err(name)?;
     match answer(value).map_err(|e| name(unexpected("commit", &e)))? {
-        Outcome::Done(commit) => Ok(commit),
+        Outcome::Done(commit) => {
+            server.connector.saw(commit.revision);
+            Ok(commit)
+        }
         Outcome::LeaseEnded(lease) => Err(ended("commit", &LeaseId::new(lease))),
     }
 }

@@ -158,6 +158,7 @@ pub(crate) async fn read(server: &Server, range: &KeyRange) -> Result<Snapshot> 
     let call = request(server, range, false);
     let value = server.call("read", Effect::Reads, &call).await.map_err(|e| e.key(range))?;
     let seen = answer(range, value).map_err(|e| unexpected("read", &e).key(range))?;
+    server.connector.saw(seen.snapshot.revision);
     Ok(seen.snapshot)
 }
 
@@ -233,6 +234,7 @@ async fn subscribe_and_read(server: &Server, joined: &mut Joined) -> Result<u64>
         if let Some(first) = seen.first {
             server.connector.hub.deadline(range.dir(), first);
         }
+        server.connector.saw(seen.snapshot.revision);
         joined.cell.complete(seen.snapshot, seen.mark);
         return Ok(link.number);
     }
@@ -284,6 +286,9 @@ async fn run(server: Arc<Server>, mut joined: Joined, mut on: u64) {
             established = establish(&server, &mut joined) => match established {
                 Ok(number) => (on, pause) = (number, FIRST_PAUSE),
                 Err(e) => {
+                    if matches!(*state.borrow(), State::Closed) {
+                        return;
+                    }
                     interrupted(&cell, e);
                     tokio::select! {
                         () = cell.sender.closed() => return,
