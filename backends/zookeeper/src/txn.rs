@@ -356,7 +356,10 @@ impl Work<'_> {
     /// Sends for the creation of a generation, ahead of the next attempt.
     pub(crate) fn make_generation(&self, generation: &str) {
         let options = zk::CreateMode::Persistent.with_acls(self.inner.settings.acls());
-        drop(self.conn.client.create(&self.layout().generations(), b"", &options));
+        for node in self.layout().namespace_nodes() {
+            drop(self.conn.client.create(node, b"", &options));
+        }
+        drop(self.conn.client.create(Layout::parent(generation), b"", &options));
         drop(self.conn.client.create(generation, b"", &options));
     }
 
