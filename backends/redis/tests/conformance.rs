@@ -35,10 +35,8 @@ async fn run(case: Case, clients: Arc<dyn Clients>) -> Result<(), String> {
 }
 
 async fn all(cases: Vec<Case>, url: impl Fn(&Case) -> String) {
-    let running: Vec<_> = cases
-        .into_iter()
-        .map(|c| tokio::spawn(run(c, Arc::new(OnServer(Config::parse(&url(&c)).unwrap())))))
-        .collect();
+    let running: Vec<_> =
+        cases.into_iter().map(|c| tokio::spawn(run(c, Arc::new(OnServer(Config::parse(&url(&c)).unwrap()))))).collect();
     let mut failed = Vec::new();
     for case in running {
         failed.extend(case.await.unwrap().err());

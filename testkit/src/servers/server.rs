@@ -115,13 +115,7 @@ pub struct Server {
 
 impl Server {
     pub(crate) fn new(launch: Launch, home: Home, ports: Vec<Port>) -> Self {
-        Self {
-            launch,
-            process: Mutex::new(None),
-            home,
-            ports,
-            lifecycle: tokio::sync::Mutex::new(()),
-        }
+        Self { launch, process: Mutex::new(None), home, ports, lifecycle: tokio::sync::Mutex::new(()) }
     }
 
     /// First start of a server that is complete alone.
@@ -186,18 +180,12 @@ impl Server {
 
     /// The last 4 kB of what the server wrote, with its password and token blotted out.
     pub fn log_tail(&self) -> String {
-        let password = self
-            .launch
-            .credentials
-            .as_ref()
-            .map(|login| &login.password);
+        let password = self.launch.credentials.as_ref().map(|login| &login.password);
         password
             .into_iter()
             .chain(&self.launch.token)
             .filter(|secret| !secret.expose().is_empty())
-            .fold(tail(&self.home.log(), 4 << 10), |log, secret| {
-                log.replace(secret.expose(), "***")
-            })
+            .fold(tail(&self.home.log(), 4 << 10), |log, secret| log.replace(secret.expose(), "***"))
     }
 
     /// Whether the server, asked itself, leads its cluster. A server that is alone leads.
@@ -318,10 +306,7 @@ impl Server {
             return Ok(());
         }
         if let Some(port) = self.ports.iter().find(|port| !is_free(port.number())) {
-            return Err(Error::PortInUse {
-                server: self.name().to_owned(),
-                port: port.number(),
-            });
+            return Err(Error::PortInUse { server: self.name().to_owned(), port: port.number() });
         }
         let started = Process::start(&Program {
             path: &self.launch.program,
@@ -378,11 +363,7 @@ impl Server {
     }
 
     pub(crate) fn not_ready(&self, reason: String) -> Error {
-        Error::NotReady {
-            server: self.name().to_owned(),
-            reason,
-            log_tail: self.log_tail(),
-        }
+        Error::NotReady { server: self.name().to_owned(), reason, log_tail: self.log_tail() }
     }
 
     pub(crate) async fn launch_empty(&self) -> Result<(), Error> {
@@ -426,14 +407,10 @@ impl Server {
 
     fn signal(&self, signal: Signal) -> Result<(), Error> {
         if self.pid().is_none() {
-            return Err(Error::NotRunning {
-                server: self.name().to_owned(),
-            });
+            return Err(Error::NotRunning { server: self.name().to_owned() });
         }
         let process = self.process();
-        let sent = process
-            .as_ref()
-            .map_or(Ok(()), |process| process.signal(signal));
+        let sent = process.as_ref().map_or(Ok(()), |process| process.signal(signal));
         sent.map_err(|e| Error::io(format!("signal {}", self.name()), e))
     }
 
