@@ -14,7 +14,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     key::Dir,
     kv::Kv,
-    lock::Lock,
+    lock::{Lock, MultiLock},
     session::{Session, SessionOptions},
 };
 
@@ -56,6 +56,12 @@ impl Coordinator {
     /// parts: for example `etcdctl lock <namespace>/<path>`, or a Curator or kazoo lock at that path.
     pub fn lock_at(&self, path: &str) -> Lock {
         Lock::new(self.clone(), Dir::from_path(path))
+    }
+
+    /// Several locks as one. Names may come in any order; each counts once.
+    pub fn lock_all<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> MultiLock {
+        let names: std::collections::BTreeSet<&str> = names.into_iter().collect();
+        MultiLock::new(names.into_iter().map(|name| self.lock(name)).collect())
     }
 
     /// Keys and values.

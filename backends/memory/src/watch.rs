@@ -148,6 +148,7 @@ impl State {
         for directory in self.directories.values_mut() {
             directory.watchers.retain(|watcher| watcher.client != client);
         }
+        self.tidy();
     }
 
     fn end_watch(&mut self, path: &str, id: u64) {

@@ -99,7 +99,7 @@ impl LockGuard {
 
     /// What a transaction needs to be refused once this hold has ended, whatever this process believes.
     pub fn fence(&self) -> Fence {
-        Fence { ticket: self.hold.ticket.clone(), token: self.hold.token }
+        Fence::new(self.hold.ticket.clone(), self.hold.token)
     }
 
     /// Gives the lock back: one round trip.
@@ -120,8 +120,7 @@ impl LockGuard {
         core.unhold(&self.hold);
         let ticket = self.hold.ticket.clone();
         let owed = Owed { core: &core, ticket: Some(ticket.clone()) };
-        let checks = vec![Check::Standing { ticket: ticket.clone(), token: self.hold.token }];
-        let outcome = match core.backend.commit(&Txn { checks, writes: vec![Write::Leave(ticket.clone())] }).await {
+        let outcome = match core.backend.commit(&self.fence().leave()).await {
             Err(error) if matches!(error.kind(), ErrorKind::Ambiguous | ErrorKind::Unavailable) => {
                 // Unconditional leaving may be repeated, so the layers carry this one through.
                 let txn = Txn { checks: Vec::new(), writes: vec![Write::Leave(ticket)] };
@@ -193,6 +192,19 @@ pub struct Fence {
 }
 
 impl Fence {
+    pub(super) fn new(ticket: Ticket, token: Revision) -> Self {
+        Self { ticket, token }
+    }
+
+    pub(super) fn line(&self) -> &Dir {
+        &self.ticket.line
+    }
+
+    /// Takes the ticket out of its line, if it still stands.
+    pub(super) fn leave(&self) -> Txn {
+        Txn { checks: vec![self.check()], writes: vec![Write::Leave(self.ticket.clone())] }
+    }
+
     /// The token of the hold.
     pub fn token(&self) -> FencingToken {
         self.token.into()

@@ -15,6 +15,7 @@
 
 mod acquire;
 mod guard;
+mod multi;
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -22,9 +23,10 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 pub use guard::{Fence, LockGuard};
+pub use multi::{MultiGuard, MultiLock};
 
 use crate::{
-    backend::{Check, Front, Revision, Txn, Write},
+    backend::{Front, Revision},
     coordinator::Coordinator,
     error::{ErrorKind, Result},
     key::Dir,
@@ -203,13 +205,24 @@ impl Lock {
         let line = backend.line(self.line()?).await?;
         let (Some(ticket), Some(front)) = (line.tickets.first(), &line.front) else { return Ok(None) };
         let holder = Holder::of(front);
-        let txn = Txn {
-            checks: vec![Check::Standing { ticket: ticket.clone(), token: front.token }],
-            writes: vec![Write::Leave(ticket.clone())],
-        };
-        let commit = backend.commit(&txn).await?;
+        let commit = backend.commit(&Fence::new(ticket.clone(), front.token).leave()).await?;
         tracing::warn!(%ticket, owner = holder.owner, applied = commit.applied, "lock broken by an operator");
         Ok(commit.applied.then_some(holder))
+    }
+
+    /// Gives the lock back by the fence of a hold, from any process; `false` if that hold has ended already, or
+    /// is one of another lock. For a holder that handed its fence to somebody else before it went away.
+    ///
+    /// # Errors
+    /// As for [`status`](Self::status), and `Ambiguous` if the reply was lost.
+    ///
+    /// # Cancel safety
+    /// Dropped half-way, the lock may or may not have been given back.
+    pub async fn release_hold(&self, fence: &Fence) -> Result<bool> {
+        if fence.line() != self.line()? {
+            return Ok(false);
+        }
+        Ok(self.coord.backend().commit(&fence.leave()).await?.applied)
     }
 
     /// The place of this lock in the store, below the namespace, for clients of other libraries.

@@ -32,6 +32,7 @@ mod keys;
 mod kv;
 mod lease;
 mod line;
+mod recipes;
 mod support;
 mod ticket;
 mod txn;
@@ -103,6 +104,13 @@ pub fn waist_cases() -> Vec<Case> {
         watch::cases(),
     ]
     .concat()
+}
+
+/// Every case about the recipes that stand on the waist: sessions, locks, keys and values.
+///
+/// A backend that passes [`waist_cases`] should pass these without a change; they are slower.
+pub fn recipe_cases() -> Vec<Case> {
+    recipes::cases()
 }
 
 /// A time limit for one case that only a hanging backend reaches.

@@ -1,0 +1,262 @@
+//! One endpoint in use at a time, and what to do when it fails.
+//!
+//! Promise: a call goes to the endpoint that served last; after a failure the next call goes to another one, and after a
+//! hang over another connection, so that a dead or silent server costs one call and not every call. Nothing is repeated
+//! here: a call is sent at most once.
+
+use std::{
+    future::Future,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use etcd_client::{Client, GetOptions, KvClient, LeaseClient, WatchClient};
+use quorate_core::{Error, ErrorKind, Result, endpoints::Endpoints};
+use tokio::{
+    sync::OnceCell,
+    time::{Instant, timeout},
+};
+use tonic::Code;
+
+use crate::{
+    BACKEND,
+    config::Options,
+    error::{Blame, Call, Fault, judge},
+};
+
+/// A call that its caller gives up after this time without an answer casts doubt on the connection. Below the shortest
+/// limit in use, a third of the smallest TTL, so that the next renewal does not wait on the same dead connection.
+pub(crate) const SUSPICIOUS: Duration = Duration::from_millis(250);
+
+/// The endpoints of one backend, each with its connection.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    pub(crate) options: Options,
+    endpoints: Endpoints,
+    links: Mutex<Vec<Arc<Link>>>,
+}
+
+/// One endpoint's connection, until something is wrong with it: then another link takes its place, so that of many
+/// calls that fail together only the first one counts.
+pub(crate) struct Link {
+    index: usize,
+    clients: OnceCell<Clients>,
+    /// Whether a call was answered over this link.
+    proven: AtomicBool,
+}
+
+impl std::fmt::Debug for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Link").field("index", &self.index).finish_non_exhaustive()
+    }
+}
+
+/// etcd-client's clients over one connection. Each is a cheap clone.
+#[derive(Clone)]
+pub(crate) struct Clients {
+    pub(crate) kv: KvClient,
+    pub(crate) lease: LeaseClient,
+    pub(crate) watch: WatchClient,
+    /// Keeps the connection, and renews its token.
+    session: Client,
+}
+
+impl Link {
+    fn new(index: usize, clients: Option<Clients>) -> Arc<Self> {
+        Arc::new(Self { index, clients: OnceCell::new_with(clients), proven: AtomicBool::new(false) })
+    }
+
+    pub(crate) fn clients(&self) -> &Clients {
+        self.clients.get().expect("Pool::link hands out only links that are made")
+    }
+}
+
+impl Clients {
+    pub(crate) async fn renew_token(&self) -> Result<(), etcd_client::Error> {
+        self.session.refresh_token().await
+    }
+}
+
+impl Pool {
+    pub(crate) fn new(options: Options) -> Self {
+        let count = options.uris.len();
+        let links = (0..count).map(|index| Link::new(index, None)).collect();
+        Self { options, endpoints: Endpoints::new(count), links: Mutex::new(links) }
+    }
+
+    fn links(&self) -> MutexGuard<'_, Vec<Arc<Link>>> {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn current(&self) -> Arc<Link> {
+        self.links()[self.endpoints.pick()].clone()
+    }
+
+    /// The link to use now. Sends nothing, unless there are credentials to exchange for a token.
+    pub(crate) async fn link(&self) -> Result<Arc<Link>, Fault> {
+        let link = self.current();
+        if link.clients.initialized() {
+            return Ok(link);
+        }
+        let limit = self.options.request_timeout;
+        let asked = self.asked(&link);
+        let opened = timeout(limit, link.clients.get_or_try_init(|| self.open(link.index))).await;
+        asked.answered();
+        match opened {
+            Ok(Ok(_)) => Ok(link),
+            Ok(Err((fault, blame))) => {
+                self.blame(&link, blame);
+                Err(fault)
+            }
+            Err(_) => {
+                self.blame(&link, Blame::Connection);
+                Err(Fault::new(ErrorKind::Unavailable, format!("no answer to the login within {limit:?}")))
+            }
+        }
+    }
+
+    async fn open(&self, index: usize) -> Result<Clients, (Fault, Blame)> {
+        let options = self.options.connection().await.map_err(|fault| (fault, Blame::Nobody))?;
+        let uri = self.options.uris[index].as_str();
+        // Whatever fails here, the request itself was not sent.
+        let session = Client::connect([uri], Some(options)).await.map_err(|e| judge(Call::read("connect"), &e))?;
+        // The server bounds requests; an answer may hold as much as a directory does.
+        let (kv, watch) = (session.kv_client(), session.watch_client());
+        Ok(Clients {
+            kv: kv.max_decoding_message_size(usize::MAX),
+            lease: session.lease_client(),
+            watch: watch.max_decoding_message_size(usize::MAX),
+            session,
+        })
+    }
+
+    /// Draws the consequence of a failed call.
+    pub(crate) fn blame(&self, link: &Arc<Link>, blame: Blame) {
+        if blame == Blame::Nobody {
+            return;
+        }
+        {
+            let mut links = self.links();
+            let place = &mut links[link.index];
+            if !Arc::ptr_eq(place, link) {
+                return;
+            }
+            // tonic reconnects by itself, so a client whose connection was refused is kept, with its token; one whose
+            // connection may look alive and not be is left behind.
+            let keep = (blame == Blame::Endpoint).then(|| link.clients.get().cloned()).flatten();
+            *place = Link::new(link.index, keep);
+        }
+        let next = self.endpoints.failed(link.index);
+        let uris = &self.options.uris;
+        tracing::debug!(endpoint = uris[link.index], next = uris[next], ?blame, "etcd endpoint failed");
+    }
+
+    /// Notes that the link has given an answer.
+    pub(crate) fn praise(&self, link: &Link) {
+        if !link.proven.load(Ordering::Relaxed) && !link.proven.swap(true, Ordering::AcqRel) {
+            self.endpoints.succeeded(link.index);
+        }
+    }
+
+    /// Judges an error that came over this link.
+    pub(crate) fn fault(&self, link: &Arc<Link>, call: Call, error: &etcd_client::Error) -> Fault {
+        let (fault, blame) = judge(call, error);
+        if blame == Blame::Nobody {
+            self.praise(link);
+        }
+        self.blame(link, blame);
+        fault
+    }
+
+    /// Notes that something is being asked over this link.
+    pub(crate) fn asked<'a>(&'a self, link: &'a Arc<Link>) -> Asked<'a> {
+        Asked { pool: self, link, since: Instant::now(), answered: false }
+    }
+
+    /// Sends one request.
+    pub(crate) async fn call<T, F, Fut>(&self, call: Call, request: F) -> Result<T>
+    where
+        F: FnOnce(&Clients) -> Fut,
+        Fut: Future<Output = Result<T, etcd_client::Error>>,
+    {
+        let link = self.link().await.map_err(|fault| fault.error(call.verb))?;
+        let asked = self.asked(&link);
+        let answer = request(link.clients()).await;
+        asked.answered();
+        match answer {
+            Ok(answer) => {
+                self.praise(&link);
+                Ok(answer)
+            }
+            Err(error) => Err(self.fault(&link, call, &error).error(call.verb)),
+        }
+    }
+
+    /// Proves that an endpoint serves, and the credentials with it.
+    ///
+    /// # Errors
+    /// `Denied` for wrong credentials; `Unavailable`, naming all endpoints, if none has answered in time.
+    pub(crate) async fn prove(&self, probe: Vec<u8>) -> Result<()> {
+        let end = Instant::now() + self.options.connect_timeout;
+        let count = self.endpoints.count();
+        let mut why = None;
+        for tried in 0..count {
+            let link = self.current();
+            // A silent endpoint may use up its share only.
+            let share = end.saturating_duration_since(Instant::now()) / u32::try_from(count - tried).unwrap_or(1);
+            let probe = probe.clone();
+            match timeout(share, self.call(Call::read("connect"), |c| ask(c.kv.clone(), probe))).await {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(error)) if error.kind() != ErrorKind::Unavailable => return Err(error),
+                Ok(Err(error)) => {
+                    why = Some(error.to_string());
+                    // Whatever it said, there are others to ask.
+                    self.blame(&link, Blame::Endpoint);
+                }
+                Err(_) => {
+                    why = Some(format!("{} did not answer within {share:?}", self.options.uris[link.index]));
+                    self.blame(&link, Blame::Connection);
+                }
+            }
+        }
+        let message = format!("no endpoint serves ({})", self.options.uris.join(", "));
+        let error = Error::new(ErrorKind::Unavailable, "connect", message).on(BACKEND);
+        Err(match why {
+            Some(why) => error.because(why),
+            None => error,
+        })
+    }
+}
+
+async fn ask(mut kv: KvClient, probe: Vec<u8>) -> Result<(), etcd_client::Error> {
+    match kv.get(probe, Some(GetOptions::new().with_count_only())).await {
+        // The server knows the user; what the user may touch shows when it is touched.
+        Err(etcd_client::Error::GRpcStatus(status)) if status.code() == Code::PermissionDenied => Ok(()),
+        other => other.map(|_| ()),
+    }
+}
+
+/// A request under way. Dropped without an answer after a while, it was given up: the connection may be dead.
+pub(crate) struct Asked<'a> {
+    pool: &'a Pool,
+    link: &'a Arc<Link>,
+    since: Instant,
+    answered: bool,
+}
+
+impl Asked<'_> {
+    pub(crate) fn answered(mut self) {
+        self.answered = true;
+    }
+}
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        if !self.answered && self.since.elapsed() >= SUSPICIOUS {
+            self.pool.blame(self.link, Blame::Connection);
+        }
+    }
+}

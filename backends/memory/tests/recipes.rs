@@ -1,0 +1,50 @@
+//! The recipes on memory, in real time and on a paused clock.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use quorate_conformance::{Case, Clients, Outcome, limit, recipe_cases, run_case};
+use quorate_core::{Backend, Result};
+use quorate_memory::Memory;
+
+#[derive(Debug)]
+struct Private(Memory);
+
+#[async_trait]
+impl Clients for Private {
+    async fn client(&self) -> Result<Arc<dyn Backend>> {
+        Ok(Arc::new(self.0.client()))
+    }
+
+    fn ttl(&self) -> Duration {
+        Duration::from_millis(600)
+    }
+}
+
+async fn run(case: Case) -> Option<String> {
+    let clients: Arc<dyn Clients> = Arc::new(Private(Memory::new()));
+    let limit = limit(&*clients).await.expect("memory is always there");
+    match run_case(case, clients, limit).await {
+        Ok(Outcome::Passed) => None,
+        other => Some(format!("{case:?}: {other:?}")),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_recipes_keep_their_promises_in_real_time() {
+    let cases: Vec<_> = recipe_cases().into_iter().map(|case| tokio::spawn(run(case))).collect();
+    let mut failed = Vec::new();
+    for case in cases {
+        failed.extend(case.await.expect("run_case catches panics"));
+    }
+    assert!(failed.is_empty(), "{failed:#?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_recipes_keep_their_promises_on_a_paused_clock() {
+    let mut failed = Vec::new();
+    for case in recipe_cases() {
+        failed.extend(run(case).await);
+    }
+    assert!(failed.is_empty(), "{failed:#?}");
+}

@@ -1,0 +1,4 @@
+reap()
+local reply = main()
+tell()
+return reply

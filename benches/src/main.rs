@@ -1,0 +1,2 @@
+//! Each backend beside its raw client, in the same run, as ratios.
+fn main() {}

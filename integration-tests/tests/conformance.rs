@@ -1,0 +1,127 @@
+//! Runs every case on every backend, each as a test of its own name: `etcd/lock/grants_follow_arrival`.
+//!
+//! By environment: `QUORATE_BACKENDS` (names, separated by commas), `QUORATE_EXTERNAL` (the URL of a server to use
+//! instead of one that is started), `QUORATE_RESULTS` (a file to which every outcome is written).
+
+use std::{
+    fs::File,
+    io::Write as _,
+    process::ExitCode,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use quorate_conformance::{Case, Outcome, limit, recipe_cases, run_case, waist_cases};
+use quorate_integration_tests::{
+    SiteCase, actor, outage, process,
+    site::{BACKENDS, Site, SiteClients},
+};
+use tokio::runtime::{Handle, Runtime};
+
+/// A site, or why there is none.
+type Start = Result<Arc<Site>, String>;
+
+/// Where outcomes are written for whoever started this run.
+#[derive(Clone)]
+struct Results(Option<Arc<Mutex<File>>>);
+
+impl Results {
+    fn note(&self, backend: &str, case: &str, outcome: &Result<Outcome, String>) {
+        let Some(file) = &self.0 else { return };
+        let (word, text) = match outcome {
+            Ok(Outcome::Passed) => ("passed", ""),
+            Ok(Outcome::Refused(why)) => ("refused", why.as_str()),
+            Err(why) => ("failed", why.as_str()),
+        };
+        let line = format!("{backend}\t{case}\t{word}\t{}\n", text.replace(['\n', '\t'], " "));
+        file.lock().expect("no poison").write_all(line.as_bytes()).expect("the results can be written");
+    }
+}
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // Cases wait for leases more than they compute: more at once than there are cores.
+    arguments.test_threads = arguments.test_threads.or(Some(8));
+    actor::BINARY.set(env!("CARGO_BIN_EXE_quorate-actor")).expect("set here only");
+    let runtime = Runtime::new().expect("a runtime starts");
+    let results = std::env::var_os("QUORATE_RESULTS")
+        .map(|path| Arc::new(Mutex::new(File::create(path).expect("the file for the results can be made"))));
+    let results = Results(results);
+    let starts = runtime.block_on(sites());
+    let mut trials = Vec::new();
+    for (backend, start) in &starts {
+        trials.extend(contract(&runtime, &results, backend, start));
+        trials.extend(site_cases(&runtime, &results, backend, start));
+    }
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    drop(starts);
+    runtime.shutdown_timeout(Duration::from_secs(5));
+    if conclusion.has_failed() || conclusion.num_passed == 0 { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+async fn sites() -> Vec<(&'static str, Start)> {
+    if let Ok(url) = std::env::var("QUORATE_EXTERNAL") {
+        let site = Site::external(&url).expect("QUORATE_EXTERNAL is a URL of a backend");
+        return vec![(site.backend, Ok(Arc::new(site)))];
+    }
+    let chosen = std::env::var("QUORATE_BACKENDS").unwrap_or_else(|_| BACKENDS.join(","));
+    let chosen: Vec<_> = BACKENDS.into_iter().filter(|b| chosen.split(',').any(|c| c == *b)).collect();
+    let starts = chosen.into_iter().map(|b| async move { (b, Site::start(b).await.map(Arc::new)) });
+    futures_util::future::join_all(starts).await
+}
+
+fn contract(runtime: &Runtime, results: &Results, backend: &'static str, start: &Start) -> Vec<Trial> {
+    let cases = waist_cases().into_iter().chain(recipe_cases());
+    cases
+        .map(|case: Case| {
+            let (handle, results, start) = (runtime.handle().clone(), results.clone(), start.clone());
+            trial(handle, results, backend, format!("{}/{}", case.group, case.name), async move {
+                let clients = SiteClients::new(&*start?);
+                let limit = limit(&*clients).await.map_err(|e| e.to_string())?;
+                run_case(case, clients, limit).await
+            })
+        })
+        .collect()
+}
+
+/// Cases that break processes or servers: not on memory, which has neither, and those that break a
+/// server not on one that is somebody else's.
+fn site_cases(runtime: &Runtime, results: &Results, backend: &'static str, start: &Start) -> Vec<Trial> {
+    if backend == "memory" {
+        return Vec::new();
+    }
+    let external = start.as_ref().is_ok_and(|site| !site.is_ours());
+    let outages = if external { Vec::new() } else { outage::cases() };
+    let cases = process::cases().into_iter().map(|c| (c, false)).chain(outages.into_iter().map(|c| (c, true)));
+    cases
+        .map(|(case, own_server): (SiteCase, bool)| {
+            let (handle, results, start) = (runtime.handle().clone(), results.clone(), start.clone());
+            trial(handle, results, backend, format!("{}/{}", case.group, case.name), async move {
+                let shared = start?;
+                let site = if own_server { Arc::new(Site::start(backend).await?) } else { shared };
+                let run = tokio::spawn((case.run)(site));
+                match tokio::time::timeout(Duration::from_secs(150), run).await {
+                    Ok(Ok(outcome)) => Ok(outcome),
+                    Ok(Err(panic)) => Err(panic.to_string()),
+                    Err(_) => Err("it did not end within 150 s".to_owned()),
+                }
+            })
+        })
+        .collect()
+}
+
+fn trial(
+    handle: Handle,
+    results: Results,
+    backend: &'static str,
+    name: String,
+    work: impl Future<Output = Result<Outcome, String>> + Send + 'static,
+) -> Trial {
+    let case = name.clone();
+    Trial::test(format!("{backend}/{name}"), move || {
+        let outcome = handle.block_on(work);
+        results.note(backend, &case, &outcome);
+        outcome.map(|_| ()).map_err(Failed::from)
+    })
+}
