@@ -212,22 +212,27 @@ impl Pool {
                 Ok(Ok(())) => return Ok(()),
                 Ok(Err(error)) if error.kind() != ErrorKind::Unavailable => return Err(error),
                 Ok(Err(error)) => {
-                    why = Some(error.to_string());
+                    why = Some(error);
                     // Whatever it said, there are others to ask.
                     self.blame(&link, Blame::Endpoint);
                 }
                 Err(_) => {
-                    why = Some(format!("{} did not answer within {share:?}", self.options.uris[link.index]));
+                    let silent = format!("{} did not answer within {share:?}", self.options.uris[link.index]);
+                    why = Some(Error::new(ErrorKind::Unavailable, "connect", silent).on(BACKEND));
                     self.blame(&link, Blame::Connection);
                 }
             }
         }
         let message = format!("no endpoint serves ({})", self.options.uris.join(", "));
-        let error = Error::new(ErrorKind::Unavailable, "connect", message).on(BACKEND);
-        Err(match why {
-            Some(why) => error.because(why),
-            None => error,
-        })
+        let mut error = Error::new(ErrorKind::Unavailable, "connect", message).on(BACKEND);
+        if let Some(why) = why {
+            error = error.because(why);
+        }
+        if self.options.uses_tls() {
+            // A server that refuses a certificate closes the connection, and its reason may not arrive.
+            error = error.next("check the endpoints, and that the server accepts the client's certificate");
+        }
+        Err(error)
     }
 }
 
