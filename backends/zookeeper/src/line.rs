@@ -111,7 +111,8 @@ impl State {
 pub(crate) async fn enqueue(inner: &Inner, entry: &Enqueue) -> Result<Place> {
     let call = Call::write("enqueue", &entry.line).leased(true);
     if entry.value.len() > inner.profile.max_value {
-        let message = format!("the value has {} bytes, at most {} are allowed", entry.value.len(), inner.profile.max_value);
+        let message =
+            format!("the value has {} bytes, at most {} are allowed", entry.value.len(), inner.profile.max_value);
         return Err(call.error(ErrorKind::InvalidInput, message));
     }
     let open = inner.leases.get(&entry.lease, &call)?;

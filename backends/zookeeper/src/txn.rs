@@ -120,7 +120,11 @@ fn validate<'a>(inner: &Inner, txn: &'a Txn, call: &Call<'_>) -> Result<Option<&
         let fresh = match write {
             Write::Put { key, value, lease: on } => {
                 if value.len() > profile.max_value {
-                    return invalid(format!("a value has {} bytes, at most {} are allowed", value.len(), profile.max_value));
+                    return invalid(format!(
+                        "a value has {} bytes, at most {} are allowed",
+                        value.len(),
+                        profile.max_value
+                    ));
                 }
                 if let (Some(one), Some(other)) = (lease, on)
                     && one != other

@@ -1,9 +1,9 @@
 //! dev
-use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use quorate_conformance::{Case, Clients, Outcome, limit, recipe_cases, run_case, waist_cases};
 use quorate_core::{Backend, Config, Result};
 use quorate_zookeeper::ZooKeeper;
+use std::{sync::Arc, time::Duration};
 
 #[derive(Debug)]
 struct Space(Config);
@@ -43,9 +43,16 @@ async fn dev() {
     for case in all.into_iter().filter(|c| c.name.contains(&only)) {
         let url = format!("{url}/t{stamp}/{}/{}", case.group, case.name);
         let gate = gate.clone();
-        tasks.push(tokio::spawn(async move { let _p = gate.acquire().await; run(case, url).await }));
+        tasks.push(tokio::spawn(async move {
+            let _p = gate.acquire().await;
+            run(case, url).await
+        }));
     }
-    for t in tasks { failed.extend(t.await.unwrap().err()); }
-    for f in &failed { println!("FAILED {f}"); }
+    for t in tasks {
+        failed.extend(t.await.unwrap().err());
+    }
+    for f in &failed {
+        println!("FAILED {f}");
+    }
     assert!(failed.is_empty(), "{} failed", failed.len());
 }
