@@ -133,7 +133,12 @@ async fn lock_traffic_leaves_nothing_behind() {
             b.revoke(&lease).await.unwrap();
         });
     }
-    soon("all tasks end", async { while let Some(task) = tasks.join_next().await { task.unwrap() } }).await;
+    soon("all tasks end", async {
+        while let Some(task) = tasks.join_next().await {
+            task.unwrap()
+        }
+    })
+    .await;
     let channels: Vec<String> = raw.ask(&["PUBSUB", "CHANNELS"]).await;
     assert_eq!(channels.len(), clients.len(), "one channel per client: {channels:?}");
     assert_eq!(raw.ask::<Vec<String>>(&["HKEYS", "{quorate/test}:h"]).await, ["rev"]);

@@ -243,7 +243,10 @@ async fn a_frozen_server_delays_and_breaks_nothing() {
     let mut s = scene(&connect(server.addr()).await).await;
     server.pause().unwrap();
     sleep(Duration::from_secs(1)).await;
-    let write = { let b = s.b.clone(); tokio::spawn(async move { b.commit(&txn(vec![], vec![put(&key("late"), "x", None)])).await }) };
+    let write = {
+        let b = s.b.clone();
+        tokio::spawn(async move { b.commit(&txn(vec![], vec![put(&key("late"), "x", None)])).await })
+    };
     sleep(Duration::from_millis(500)).await;
     server.resume().unwrap();
     assert!(soon("the write is answered", write).await.unwrap().unwrap().applied);

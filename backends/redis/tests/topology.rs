@@ -167,7 +167,8 @@ async fn a_slot_that_is_moved_takes_its_namespace_along() {
     let to = cluster.nodes().iter().find(|n| n.addr() != from.addr()).unwrap();
     let (source, target) = (Raw::of(&from).await, Raw::of(to).await);
     let slot = slot(&source).await;
-    let (from_id, to_id): (String, String) = (source.ask(&["CLUSTER", "MYID"]).await, target.ask(&["CLUSTER", "MYID"]).await);
+    let (from_id, to_id): (String, String) =
+        (source.ask(&["CLUSTER", "MYID"]).await, target.ask(&["CLUSTER", "MYID"]).await);
     target.ask::<String>(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from_id]).await;
     source.ask::<String>(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id]).await;
     // Half-way, nothing may be applied by halves: each call works as a whole or is refused as a whole.
