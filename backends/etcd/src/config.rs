@@ -61,6 +61,10 @@ impl Options {
         self.login.is_some()
     }
 
+    pub(crate) fn uses_tls(&self) -> bool {
+        self.tls.is_some()
+    }
+
     /// The options of one connection. Reads the TLS files, so that a renewed certificate is used from the next
     /// connection on.
     pub(crate) async fn connection(&self) -> Result<ConnectOptions, Fault> {
@@ -76,7 +80,8 @@ impl Options {
         }
         if let Some(tls) = self.tls.clone() {
             let read = tokio::task::spawn_blocking(move || tls_options(&tls)).await;
-            options = options.with_tls(read.map_err(|e| Fault::new(ErrorKind::Backend, e.to_string()))??);
+            let tls = read.map_err(|e| Fault::new(ErrorKind::Backend, e.to_string()))??;
+            options = options.with_tls(tls.timeout(self.connect_timeout));
         }
         Ok(options)
     }

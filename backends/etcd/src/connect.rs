@@ -29,7 +29,7 @@ use crate::{
 
 /// A call that its caller gives up after this time without an answer casts doubt on the connection. Below the shortest
 /// limit in use, a third of the smallest TTL, so that the next renewal does not wait on the same dead connection.
-const SUSPICIOUS: Duration = Duration::from_millis(500);
+pub(crate) const SUSPICIOUS: Duration = Duration::from_millis(250);
 
 /// The endpoints of one backend, each with its connection.
 #[derive(Debug)]
@@ -102,7 +102,10 @@ impl Pool {
             return Ok(link);
         }
         let limit = self.options.request_timeout;
-        match timeout(limit, link.clients.get_or_try_init(|| self.open(link.index))).await {
+        let asked = self.asked(&link);
+        let opened = timeout(limit, link.clients.get_or_try_init(|| self.open(link.index))).await;
+        asked.answered();
+        match opened {
             Ok(Ok(_)) => Ok(link),
             Ok(Err((fault, blame))) => {
                 self.blame(&link, blame);
@@ -141,7 +144,8 @@ impl Pool {
             if !Arc::ptr_eq(place, link) {
                 return;
             }
-            // tonic reconnects by itself; only a connection that looks alive and is not must be left behind.
+            // tonic reconnects by itself, so a client whose connection was refused is kept, with its token; one whose
+            // connection may look alive and not be is left behind.
             let keep = (blame == Blame::Endpoint).then(|| link.clients.get().cloned()).flatten();
             *place = Link::new(link.index, keep);
         }
@@ -208,22 +212,27 @@ impl Pool {
                 Ok(Ok(())) => return Ok(()),
                 Ok(Err(error)) if error.kind() != ErrorKind::Unavailable => return Err(error),
                 Ok(Err(error)) => {
-                    why = Some(error.to_string());
+                    why = Some(error);
                     // Whatever it said, there are others to ask.
                     self.blame(&link, Blame::Endpoint);
                 }
                 Err(_) => {
-                    why = Some(format!("{} did not answer within {share:?}", self.options.uris[link.index]));
+                    let silent = format!("{} did not answer within {share:?}", self.options.uris[link.index]);
+                    why = Some(Error::new(ErrorKind::Unavailable, "connect", silent).on(BACKEND));
                     self.blame(&link, Blame::Connection);
                 }
             }
         }
         let message = format!("no endpoint serves ({})", self.options.uris.join(", "));
-        let error = Error::new(ErrorKind::Unavailable, "connect", message).on(BACKEND);
-        Err(match why {
-            Some(why) => error.because(why),
-            None => error,
-        })
+        let mut error = Error::new(ErrorKind::Unavailable, "connect", message).on(BACKEND);
+        if let Some(why) = why {
+            error = error.because(why);
+        }
+        if self.options.uses_tls() {
+            // A server that refuses a certificate closes the connection, and its reason may not arrive.
+            error = error.next("check the endpoints, and that the server accepts the client's certificate");
+        }
+        Err(error)
     }
 }
 

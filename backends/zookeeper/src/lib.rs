@@ -51,8 +51,8 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use quorate_core::{
-    Backend, Commit, Config, Dir, Enqueue, Fencing, KeyRange, Lease, LeaseId, Line, Place, Profile, Result,
-    Revision, Snapshot, Ticket, Txn, Watch,
+    Backend, Commit, Config, Dir, Enqueue, Fencing, KeyRange, Lease, LeaseId, Line, Place, Profile, Result, Revision,
+    Snapshot, Ticket, Txn, Watch,
 };
 use zookeeper_client as zk;
 
@@ -141,6 +141,7 @@ fn profile(min_ttl: Duration, max_ttl: Duration) -> Profile {
         expiry_lag: min_ttl + Duration::from_millis(500),
         max_value: 1024 * 1024 - 16 * 1024,
         max_txn: 64,
+        txn_leases: 1,
     }
 }
 

@@ -109,19 +109,14 @@ async fn turns_count_round_trips_and_pipelined_requests_once() -> Outcome {
     let counters = proxy.counters();
     assert_eq!(counters.turns, 6, "{counters:?}");
     assert_eq!((counters.accepted, counters.open), (1, 1));
-    assert_eq!(
-        (counters.bytes_to_server, counters.bytes_to_client),
-        (26, 26)
-    );
+    assert_eq!((counters.bytes_to_server, counters.bytes_to_client), (26, 26));
     Ok(())
 }
 
 #[tokio::test]
 async fn large_streams_pass_unchanged_in_both_directions() -> Outcome {
     let (_echo, _proxy, client) = rig().await?;
-    let sent: Vec<u8> = (0..8_u32 << 20)
-        .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
-        .collect();
+    let sent: Vec<u8> = (0..8_u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let (mut from, mut to) = client.into_split();
     let expected = sent.clone();
     let writer = tokio::spawn(async move {
@@ -212,11 +207,7 @@ async fn swallowed_bytes_never_arrive_and_the_torn_connection_ends_with_heal() -
         proxy.blackhole(direction);
         client.write_all(b"lost").await?;
         assert!(is_silent(&mut client).await, "{direction:?}");
-        let reached = if direction == Direction::ToServer {
-            4
-        } else {
-            8
-        };
+        let reached = if direction == Direction::ToServer { 4 } else { 8 };
         assert_eq!(echo.received(), reached, "{direction:?}");
         assert_eq!(proxy.counters().bytes_swallowed, 4);
         proxy.heal().await;

@@ -1,0 +1,12 @@
+//! quorate-etcd against real etcd servers: the whole contract, other clients, access, outages, and cost.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod access;
+mod cluster;
+mod conformance;
+mod cost;
+mod interop;
+mod outage;
+mod restart;
+mod support;
