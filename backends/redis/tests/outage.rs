@@ -28,9 +28,9 @@ struct Scene {
 async fn scene(b: &Arc<dyn Backend>) -> Scene {
     let lease = lease(b).await;
     let place = join(b, &dir("lock/a"), &lease).await;
-    b.commit(&txn(vec![], vec![put(&key("k"), "1", Some(&lease))])).await.unwrap();
+    b.commit(&txn(vec![], vec![put(&key("k"), "1", Some(&lease))])).await.expect("put");
     let waiter = tokio::spawn(until_gone(b.clone(), place.ticket.clone()));
-    let mut watch = b.watch(&all()).await.unwrap();
+    let mut watch = b.watch(&all()).await.expect("a watch");
     assert_eq!(names(&reset(&mut watch).await), ["k"]);
     Scene { b: b.clone(), lease, place, waiter, watch }
 }
