@@ -53,7 +53,7 @@ impl Etcd {
     pub async fn connect(config: &Config) -> Result<Self> {
         let pool = Arc::new(connect::Pool::new(config::Options::new(config)?));
         let layout = path::Layout::new(&config.namespace);
-        pool.prove(layout.probe()).await?;
+        pool.prove(&layout.probe()).await?;
         let tasks = Arc::new(stream::Tasks::new());
         let streams = stream::Streams::new(pool.clone(), tasks.clone());
         let (keep_alives, tokens) = (lease::KeepAlives::default(), line::Tokens::default());

@@ -24,6 +24,19 @@ impl Times {
     }
 }
 
+/// Renews now and then, outside of what is measured.
+struct Keep(Instant);
+
+impl Keep {
+    async fn renew(&mut self, backend: &ZooKeeper, lease: &LeaseId) -> Result<()> {
+        if self.0.elapsed() > Duration::from_millis(500) {
+            backend.renew(lease).await?;
+            self.0 = Instant::now();
+        }
+        Ok(())
+    }
+}
+
 fn entry(line: &Dir, lease: &LeaseId) -> Enqueue {
     Enqueue {
         line: line.clone(),
@@ -51,20 +64,9 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let config = Config::parse(&url)?;
     let backend = Arc::new(ZooKeeper::connect(&config).await?);
     let lease = backend.grant(Duration::from_secs(30)).await?.id;
-    let keep = tokio::spawn({
-        let (backend, lease) = (backend.clone(), lease.clone());
-        async move {
-            loop {
-                tokio::time::sleep(Duration::from_secs(2)).await;
-                backend.renew(&lease).await.expect("the lease lives");
-            }
-        }
-    });
+    let mut keep = Keep(Instant::now());
     let line = Dir::new(["lock", "cost"])?;
-    join(&backend, &line, &lease).await.map(drop)?;
-    backend.revoke(&lease).await?;
-    keep.abort();
-    let lease = backend.grant(Duration::from_secs(30)).await?.id;
+    join(&backend, &line, &lease).await?;
 
     let raw = Client::connector().connect(&config.endpoints.join(",")).await?;
     let acls = CreateMode::EphemeralSequential.with_acls(Acls::anyone_all());
@@ -78,10 +80,8 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let mut modified = backend.commit(&Txn { checks: vec![], writes: vec![put(&key)] }).await?.revision;
     let plain = format!("/{}/kv/plain", config.namespace);
     // Taken in turns, so that all meet the same weather.
-    for round in 0..ROUNDS {
-        if round % 500 == 0 {
-            backend.renew(&lease).await?;
-        }
+    for _ in 0..ROUNDS {
+        keep.renew(&backend, &lease).await?;
         let t = Instant::now();
         let created = raw.create(&path, b"owner", &acls);
         let listed = raw.list_children(&dir);
@@ -142,15 +142,15 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
 async fn hand_over(backend: &Arc<ZooKeeper>, depth: usize) -> Result<Times> {
     let lease = backend.grant(Duration::from_secs(30)).await?.id;
     let line = Dir::new(["lock", "hand-over"])?;
+    let mut keep = Keep(Instant::now());
     let mut places = std::collections::VecDeque::new();
     for _ in 0..depth {
+        keep.renew(backend, &lease).await?;
         places.push_back(join(backend, &line, &lease).await?);
     }
     let mut times = Times::default();
-    for round in 0..200 {
-        if round % 50 == 0 {
-            backend.renew(&lease).await?;
-        }
+    for _ in 0..200 {
+        keep.renew(backend, &lease).await?;
         let (first, second) = (places.pop_front().expect("deep"), places[0].clone());
         let waiter = tokio::spawn({
             let (backend, first, second) = (backend.clone(), first.ticket.clone(), second.ticket.clone());
