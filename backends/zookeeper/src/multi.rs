@@ -31,6 +31,14 @@ impl Done {
         })
     }
 
+    /// The node that the create at `index` made.
+    pub(crate) fn path(&self, index: usize) -> Option<&str> {
+        match self.0.get(index) {
+            Some(zk::MultiWriteResult::Create { path, .. }) => Some(path),
+            _ => None,
+        }
+    }
+
     /// The data version after the `set` at `index`.
     pub(crate) fn version(&self, index: usize) -> Option<i32> {
         match self.0.get(index) {
@@ -72,8 +80,7 @@ impl<'a> Multi<'a> {
         self.added(outcome, path.len())
     }
 
-    pub(crate) fn create(&mut self, path: &str, data: &[u8], ephemeral: bool) -> usize {
-        let mode = if ephemeral { zk::CreateMode::Ephemeral } else { zk::CreateMode::Persistent };
+    pub(crate) fn create(&mut self, path: &str, data: &[u8], mode: zk::CreateMode) -> usize {
         let outcome = self.writer.add_create(path, data, &mode.with_acls(self.acls));
         self.added(outcome, path.len() + data.len())
     }
