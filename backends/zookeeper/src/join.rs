@@ -127,10 +127,9 @@ impl Joining<'_> {
         if again {
             multi.delete(line, -1);
         }
-        let made = multi.create(line, b"", zk::CreateMode::Container);
+        let made = multi.create(line, MARK, zk::CreateMode::Container);
         let stem = format!("{line}/{}", ticket::stem(self.entry.nonce, self.entry.kind));
         let created = multi.create(&stem, &self.entry.value, zk::CreateMode::EphemeralSequential);
-        multi.set(line, MARK, -1);
         let done = match multi.commit(&self.call).await? {
             Ok(done) => done,
             Err(Refused { index, error }) => {
@@ -144,13 +143,18 @@ impl Joining<'_> {
                 };
             }
         };
-        let (Some(path), Some(stat)) = (done.path(created), done.last_set()) else {
-            let unreadable = zk::Error::UnexpectedError("a multi was answered in another order".to_owned());
-            return Err(self.open.conn.failed(&self.call, unreadable));
+        let failed = |error| self.open.conn.failed(&self.call, error);
+        let unreadable = || failed(zk::Error::UnexpectedError("a multi was answered in another order".to_owned()));
+        let path = done.path(created).ok_or_else(unreadable)?;
+        let zxid = match done.zxid() {
+            Some(zxid) => zxid,
+            None => {
+                let stat = self.open.conn.call(self.open.conn.client.check_stat(path)).await.map_err(failed)?;
+                stat.ok_or_else(unreadable)?.czxid
+            }
         };
-        let name = path.rsplit_once('/').map_or(path, |(_, name)| name);
         self.inner.tickets.saw(&self.entry.line, true, true);
-        let (ticket, token) = self.placed(name, stat.mzxid);
+        let (ticket, token) = self.placed(path.rsplit_once('/').map_or(path, |(_, name)| name), zxid);
         Ok(Answer::Placed(Place { ticket, token, ahead: Vec::new() }))
     }
 

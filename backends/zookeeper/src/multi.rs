@@ -22,11 +22,20 @@ pub(crate) struct Refused {
 pub(crate) struct Done(Vec<zk::MultiWriteResult>);
 
 impl Done {
-    /// The statistics after the last `set`: they carry the transaction's revision. (Those of a create are not reliable
-    /// on every server: ZOOKEEPER-4026, 4667.)
+    /// The statistics after the last `set`.
     pub(crate) fn last_set(&self) -> Option<zk::Stat> {
         self.0.iter().rev().find_map(|result| match result {
             zk::MultiWriteResult::SetData { stat } => Some(*stat),
+            _ => None,
+        })
+    }
+
+    /// The transaction's zxid, if any of its answers carries it. That of a plain create in a `multi` does not, on
+    /// servers with ZOOKEEPER-4026.
+    pub(crate) fn zxid(&self) -> Option<i64> {
+        self.0.iter().find_map(|result| match result {
+            zk::MultiWriteResult::SetData { stat } => Some(stat.mzxid),
+            zk::MultiWriteResult::Create { stat, .. } if stat.czxid > 0 => Some(stat.czxid),
             _ => None,
         })
     }
