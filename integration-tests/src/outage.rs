@@ -85,7 +85,7 @@ async fn a_restarted_server_is_used_again_without_help(site: Arc<Site>) {
     let mut watch = b.kv().watch_prefix("").await.expect("watch");
     a.kv().put("before", "x").await.expect("put");
     watched(&mut watch, "before").await;
-    site.server().lock().await.restart().await.expect("the server restarts");
+    site.server().restart().await.expect("the server restarts");
     let took = recovered(&b, "after").await;
     println!("      {}: writes work {took:?} after the restart", site.backend);
     watched(&mut watch, "after").await;
@@ -99,7 +99,7 @@ async fn a_wiped_server_takes_the_locks_along_and_the_holder_learns_of_it(site: 
     let guard = a.lock("job").acquire().await.expect("granted");
     let mut watch = b.kv().watch_prefix("").await.expect("watch");
     a.kv().put("before", "x").await.expect("put");
-    site.server().lock().await.restart_wiped().await.expect("the server restarts");
+    site.server().restart_wiped().await.expect("the server restarts");
     timeout(guard.session().ttl() + RECOVERY, guard.lost()).await.expect("the holder learns of the loss");
     assert!(!guard.is_held());
     recovered(&b, "after").await;
@@ -121,7 +121,7 @@ async fn a_stopped_server_makes_guards_invalid_in_time_and_calls_end(site: Arc<S
     let config = site.config().with_timeouts(Duration::from_secs(2), Duration::from_secs(1));
     let coord = connect(&config).await;
     let guard = coord.lock("job").acquire().await.expect("granted");
-    site.server().lock().await.pause().await.expect("the server stops");
+    site.server().pause().expect("the server stops");
     let stopped = Instant::now();
     let deadline = guard.deadline();
     timeout(site.ttl() * 2, guard.lost()).await.expect("lost in time");
@@ -131,7 +131,7 @@ async fn a_stopped_server_makes_guards_invalid_in_time_and_calls_end(site: Arc<S
     assert!(matches!(kind, ErrorKind::Ambiguous | ErrorKind::Unavailable), "{kind}");
     let call = timeout(Duration::from_secs(30), coord.kv().get("k")).await.expect("the call ends");
     assert_eq!(call.expect_err("nobody answers").kind(), ErrorKind::Unavailable);
-    site.server().lock().await.resume().await.expect("the server goes on");
+    site.server().resume().expect("the server goes on");
     recovered(&coord, "after").await;
 }
 
@@ -191,7 +191,7 @@ async fn a_waiter_survives_cut_connections(site: Arc<Site>) {
     }
     for _ in 0..3 {
         sleep(Duration::from_millis(300)).await;
-        proxy.drop_connections();
+        proxy.drop_connections().await;
     }
     sleep(Duration::from_secs(1)).await;
     assert!(session.is_live(), "a short cut is no loss");
@@ -229,7 +229,7 @@ async fn a_write_whose_reply_is_lost_is_ambiguous(site: Arc<Site>) {
     assert!(error.to_string().contains("may have happened"), "{error}");
     let now = direct.kv().get("k").await.expect("get").expect("exists").value;
     assert_eq!(now, "after", "the request did arrive: the fault bites");
-    proxy.heal();
+    proxy.heal().await;
     recovered(&coord, "k").await;
 }
 
@@ -247,7 +247,7 @@ async fn an_acquire_whose_reply_is_lost_leaves_no_second_ticket(site: Arc<Site>)
         sleep(Duration::from_millis(20)).await;
     }
     sleep(Duration::from_millis(1500)).await;
-    proxy.heal();
+    proxy.heal().await;
     let outcome = timeout(RECOVERY, acquiring).await.expect("the call ends").expect("no panic");
     if let Ok(guard) = outcome {
         let status = direct.lock("job").status().await.expect("a look");

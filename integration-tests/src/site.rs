@@ -8,7 +8,6 @@ use async_trait::async_trait;
 use quorate::{Backend, Config, Coordinator, Nonce, Result};
 use quorate_conformance::Clients;
 use quorate_testkit::servers::{self, Server};
-use tokio::sync::Mutex;
 
 /// The backends, by the names of their schemes.
 pub const BACKENDS: [&str; 5] = ["memory", "etcd", "redis", "consul", "zookeeper"];
@@ -20,7 +19,7 @@ pub struct Site {
     pub backend: &'static str,
     url: String,
     /// The server, if this run started it and so may break it.
-    server: Option<Mutex<Server>>,
+    server: Option<Server>,
 }
 
 impl Site {
@@ -38,7 +37,7 @@ impl Site {
             other => return Err(format!("{other} is not a backend")),
         };
         let server = server.map_err(|e| e.to_string())?;
-        Ok(Self { backend, url: server.url(), server: Some(Mutex::new(server)) })
+        Ok(Self { backend, url: server.url(), server: Some(server) })
     }
 
     /// A server that somebody else runs.
@@ -57,7 +56,7 @@ impl Site {
     ///
     /// # Panics
     /// If this run did not start it.
-    pub fn server(&self) -> &Mutex<Server> {
+    pub fn server(&self) -> &Server {
         self.server.as_ref().expect("the case is only run on servers that were started for it")
     }
 

@@ -76,7 +76,8 @@ impl Options {
         }
         if let Some(tls) = self.tls.clone() {
             let read = tokio::task::spawn_blocking(move || tls_options(&tls)).await;
-            options = options.with_tls(read.map_err(|e| Fault::new(ErrorKind::Backend, e.to_string()))??);
+            let tls = read.map_err(|e| Fault::new(ErrorKind::Backend, e.to_string()))??;
+            options = options.with_tls(tls.timeout(self.connect_timeout));
         }
         Ok(options)
     }

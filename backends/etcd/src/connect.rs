@@ -29,7 +29,7 @@ use crate::{
 
 /// A call that its caller gives up after this time without an answer casts doubt on the connection. Below the shortest
 /// limit in use, a third of the smallest TTL, so that the next renewal does not wait on the same dead connection.
-const SUSPICIOUS: Duration = Duration::from_millis(500);
+pub(crate) const SUSPICIOUS: Duration = Duration::from_millis(250);
 
 /// The endpoints of one backend, each with its connection.
 #[derive(Debug)]
@@ -102,7 +102,10 @@ impl Pool {
             return Ok(link);
         }
         let limit = self.options.request_timeout;
-        match timeout(limit, link.clients.get_or_try_init(|| self.open(link.index))).await {
+        let asked = self.asked(&link);
+        let opened = timeout(limit, link.clients.get_or_try_init(|| self.open(link.index))).await;
+        asked.answered();
+        match opened {
             Ok(Ok(_)) => Ok(link),
             Ok(Err((fault, blame))) => {
                 self.blame(&link, blame);
@@ -141,7 +144,8 @@ impl Pool {
             if !Arc::ptr_eq(place, link) {
                 return;
             }
-            // tonic reconnects by itself; only a connection that looks alive and is not must be left behind.
+            // tonic reconnects by itself, so a client whose connection was refused is kept, with its token; one whose
+            // connection may look alive and not be is left behind.
             let keep = (blame == Blame::Endpoint).then(|| link.clients.get().cloned()).flatten();
             *place = Link::new(link.index, keep);
         }

@@ -103,12 +103,13 @@ fn lost(call: Call, status: &Status) -> (Fault, Blame) {
     if refused_certificate(&text) {
         return (Fault::new(ErrorKind::Denied, text).next("check the client's certificate and key"), Blame::Endpoint);
     }
-    let unsent = causes(status).any(|cause| cause.is::<ConnectError>())
-        // With a cause of its own, this code is hyper's word that the request never left its queue. (tonic's own
-        // timeout has this code too; it is not used here.)
-        || status.code() == Code::Cancelled;
-    let kind = if unsent { ErrorKind::Unavailable } else { call.doubt() };
-    (Fault::new(kind, text), Blame::Endpoint)
+    if causes(status).any(|cause| cause.is::<ConnectError>()) {
+        return (Fault::new(ErrorKind::Unavailable, text), Blame::Endpoint);
+    }
+    // With a cause of its own, this code is hyper's word that the request never left its queue. (tonic's own timeout
+    // has this code too; it is not used here.)
+    let kind = if status.code() == Code::Cancelled { ErrorKind::Unavailable } else { call.doubt() };
+    (Fault::new(kind, text), Blame::Connection)
 }
 
 /// With TLS 1.3 the server refuses a client's certificate only after the handshake, by one of these alerts.
@@ -132,7 +133,7 @@ fn said(call: Call, code: Code, text: &str) -> (Fault, Blame) {
         return (fault(ErrorKind::Unavailable), Blame::Connection);
     }
     if matches!(code, Code::PermissionDenied | Code::Unauthenticated)
-        || is(&["authentication failed", "user name", "permission denied", "authentication is not enabled", "role "])
+        || is(&["authentication failed", "user name", "permission denied", "authentication is not enabled"])
     {
         return (fault(ErrorKind::Denied), Blame::Nobody);
     }
@@ -148,6 +149,9 @@ fn said(call: Call, code: Code, text: &str) -> (Fault, Blame) {
     if is(&["mvcc: database space exceeded"]) {
         let next = "nothing was applied; compact and defragment the server, then disarm its NOSPACE alarm";
         return (fault(ErrorKind::Backend).next(next), Blame::Nobody);
+    }
+    if is(&["grpc: received message larger than max"]) {
+        return (fault(ErrorKind::InvalidInput), Blame::Nobody);
     }
     match code {
         Code::InvalidArgument | Code::OutOfRange => (fault(ErrorKind::InvalidInput), Blame::Nobody),

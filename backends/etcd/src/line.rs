@@ -117,7 +117,7 @@ pub(crate) async fn enqueue(inner: &Inner, entry: &Enqueue) -> Result<Option<Pla
         let token = header(&answer);
         let ahead = match got {
             // Nobody ahead means "first": never to be concluded from an answer that does not show the ticket.
-            Some(got) => ahead(inner, ENQUEUE, &entry.line, &path, got)?.ok_or_else(|| {
+            Some(got) => ahead(inner, ENQUEUE, &entry.line, &path, &got)?.ok_or_else(|| {
                 let fault = Fault::new(ErrorKind::Ambiguous, "the answer does not show the ticket just written");
                 fault.error(ENQUEUE.verb).key(&entry.line)
             })?,
@@ -180,12 +180,12 @@ async fn look_from(
         async move { kv.get(line, Some(options)).await }
     });
     let got = got.await.map_err(|error| error.key(ticket))?;
-    let ahead = ahead(inner, call, &ticket.line, path, got)?;
+    let ahead = ahead(inner, call, &ticket.line, path, &got)?;
     Ok(ahead.map(|ahead| Place { ticket: ticket.clone(), token: revision(token), ahead }))
 }
 
 /// Who stands ahead of the ticket at `path`, of tickets in descending order; `None` if it is not among them.
-fn ahead(inner: &Inner, call: Call, line: &Dir, path: &[u8], got: GetResponse) -> Result<Option<Vec<Ticket>>> {
+fn ahead(inner: &Inner, call: Call, line: &Dir, path: &[u8], got: &GetResponse) -> Result<Option<Vec<Ticket>>> {
     let mut rest = got.kvs().iter().skip_while(|kv| kv.key() != path);
     if rest.next().is_none() {
         return Ok(None);
@@ -226,7 +226,7 @@ pub(crate) async fn line(inner: &Inner, dir: &Dir) -> Result<Line> {
 pub(crate) async fn gone(inner: &Inner, ticket: &Ticket) -> Result<()> {
     let path = inner.layout.ticket(ticket);
     let one = Stored { start: path.clone(), prefix: false };
-    let (mut watching, _) =
+    let mut watching =
         inner.streams.open(GONE, &one, true).await.map_err(|fault| fault.error(GONE.verb).key(ticket))?;
     // First the watch, then the look: a removal before the watch shows in the look, one after it in the watch.
     let there = inner.pool.call(GONE, |c| {

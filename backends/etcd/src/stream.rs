@@ -1,7 +1,7 @@
 //! The shared watch stream: one bidirectional stream carries the watches and waits of a backend.
 //!
-//! Promise: a watch that [`Streams::open`] returned sees every event after the revision it names, in order, or is
-//! told that it does not: its channel ends. Dropping a watch cancels it at the server. A watch whose reader is behind by
+//! Promise: a watch that [`Streams::open`] returned sees every event from then on, in order, or is told that it
+//! does not: its channel ends. Dropping a watch cancels it at the server. A watch whose reader is behind by
 //! [`BACKLOG`] messages is ended instead of buffered.
 //!
 //! Watches begin "now": a watch that begins in the past, even by one revision, is served from a loop that runs every
@@ -23,11 +23,11 @@ use quorate_core::{ErrorKind, watch::WATCH_CAPACITY};
 use tokio::{
     sync::{Notify, mpsc},
     task::JoinSet,
-    time::timeout,
+    time::{Instant, timeout},
 };
 
 use crate::{
-    connect::{Link, Pool},
+    connect::{Link, Pool, SUSPICIOUS},
     error::{Blame, Call, Fault},
     path::Stored,
 };
@@ -38,8 +38,8 @@ const BACKLOG: usize = WATCH_CAPACITY;
 /// What happens to a watch.
 #[derive(Debug)]
 pub(crate) enum Signal {
-    /// The watch has begun: events after this revision will be seen.
-    Begun(i64),
+    /// The watch has begun: every event from now on will be seen.
+    Begun,
     /// Events of one revision, or of several in order.
     Events(Vec<Event>),
     /// The watch has ended.
@@ -110,24 +110,21 @@ impl Streams {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins a watch; returns it with the revision after which it sees every event.
-    pub(crate) async fn open(&self, call: Call, range: &Stored, deletes_only: bool) -> Result<(Watching, i64), Fault> {
+    /// Begins a watch and returns when it has begun at the server.
+    pub(crate) async fn open(&self, call: Call, range: &Stored, deletes_only: bool) -> Result<Watching, Fault> {
         let limit = self.pool.options.request_timeout;
         let mut token_renewed = false;
         loop {
             let mut watching = self.join(range, deletes_only);
             match timeout(limit, watching.begun()).await {
-                Ok(Ok(revision)) => return Ok((watching, revision)),
+                Ok(Ok(())) => return Ok(watching),
                 // The token of a stream is as old as the stream, and the server looks at it for each new watch.
                 Ok(Err(fault)) if self.worth_a_new_token(&fault) && !token_renewed => {
                     token_renewed = true;
                     self.retire(&watching.stream);
                 }
                 Ok(Err(fault)) => return Err(fault),
-                Err(_) => {
-                    watching.stream.give_up(&self.pool);
-                    return Err(Fault::new(call.doubt(), format!("the watch did not begin within {limit:?}")));
-                }
+                Err(_) => return Err(Fault::new(call.doubt(), format!("the watch did not begin within {limit:?}"))),
             }
         }
     }
@@ -140,20 +137,20 @@ impl Streams {
     fn join(&self, range: &Stored, deletes_only: bool) -> Watching {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (sender, signals) = mpsc::channel(BACKLOG);
-        let create = Create { id, range: range.clone(), deletes_only };
+        let mut create = Some((Create { id, range: range.clone(), deletes_only }, sender));
         let mut current = self.current();
         let stream = match current.stream.take() {
-            Some(stream) if stream.add(&create, &sender) => stream,
+            Some(stream) if stream.add(&mut create) => stream,
             _ => {
                 let stream = Arc::new(Shared::default());
-                stream.add(&create, &sender);
+                stream.add(&mut create);
                 let renew_token = std::mem::take(&mut current.renew_token);
                 self.tasks.spawn(run(stream.clone(), self.pool.clone(), renew_token));
                 stream
             }
         };
         current.stream = Some(stream.clone());
-        Watching { stream, id, signals }
+        Watching { stream, pool: self.pool.clone(), id, signals, since: Instant::now(), begun: false }
     }
 
     /// Takes no more watches on this stream; those it has go on.
@@ -172,8 +169,11 @@ impl Streams {
 #[derive(Debug)]
 pub(crate) struct Watching {
     stream: Arc<Shared>,
+    pool: Arc<Pool>,
     id: i64,
     signals: mpsc::Receiver<Signal>,
+    since: Instant,
+    begun: bool,
 }
 
 impl Watching {
@@ -184,9 +184,12 @@ impl Watching {
         self.signals.recv().await
     }
 
-    async fn begun(&mut self) -> Result<i64, Fault> {
-        match self.next().await {
-            Some(Signal::Begun(revision)) => Ok(revision),
+    async fn begun(&mut self) -> Result<(), Fault> {
+        let first = self.next().await;
+        // Answered, whatever the answer.
+        self.begun = true;
+        match first {
+            Some(Signal::Begun) => Ok(()),
             Some(Signal::Ended(Ending::Fault(fault))) => Err(fault),
             _ => Err(Fault::new(ErrorKind::Unavailable, "the watch ended before it began")),
         }
@@ -196,6 +199,9 @@ impl Watching {
 impl Drop for Watching {
     fn drop(&mut self) {
         self.stream.remove(self.id);
+        if !self.begun && self.since.elapsed() >= SUSPICIOUS {
+            self.stream.give_up(&self.pool);
+        }
     }
 }
 
@@ -210,7 +216,8 @@ impl Create {
     fn options(&self) -> WatchOptions {
         let mut options = WatchOptions::new().with_watch_id(self.id);
         if self.range.prefix {
-            options = options.with_key(self.range.start.clone()).with_prefix();
+            // In fragments: a watch that catches up is sent many revisions at once.
+            options = options.with_prefix().with_fragment();
         }
         if self.deletes_only {
             options = options.with_filters([WatchFilterType::NoPut]);
@@ -253,19 +260,16 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `false` if the stream takes no more watches.
-    fn add(&self, create: &Create, sender: &mpsc::Sender<Signal>) -> bool {
+    /// Takes the watch, unless the stream takes no more watches; then it returns `false`.
+    fn add(&self, create: &mut Option<(Create, mpsc::Sender<Signal>)>) -> bool {
         let mut state = self.state();
         if state.closed {
             return false;
         }
-        state.watches.insert(create.id, sender.clone());
-        let Create { id, range, deletes_only } = create;
-        state.commands.push_back(Command::Create(Create {
-            id: *id,
-            range: range.clone(),
-            deletes_only: *deletes_only,
-        }));
+        if let Some((create, sender)) = create.take() {
+            state.watches.insert(create.id, sender);
+            state.commands.push_back(Command::Create(create));
+        }
         drop(state);
         self.changed.notify_one();
         true
@@ -343,7 +347,7 @@ impl Shared {
         let signal = if message.canceled() {
             Signal::Ended(ending(message))
         } else if message.created() {
-            Signal::Begun(message.header().map_or(0, etcd_client::ResponseHeader::revision))
+            Signal::Begun
         } else if message.events().is_empty() {
             return Ok(());
         } else {

@@ -60,8 +60,7 @@ pub(crate) async fn watch(inner: &Arc<Inner>, range: &KeyRange) -> Result<Watch>
 /// First the watch, then the read: what happens in between is in both, and nothing is in neither.
 async fn establish(inner: &Inner, range: &KeyRange) -> Result<(Watching, Snapshot)> {
     let stored = inner.layout.range(range);
-    let (watching, _) =
-        inner.streams.open(CALL, &stored, false).await.map_err(|fault| fault.error(CALL.verb).key(range))?;
+    let watching = inner.streams.open(CALL, &stored, false).await.map_err(|fault| fault.error(CALL.verb).key(range))?;
     let limit = inner.pool.options.request_timeout;
     let snapshot = timeout(limit, inner.read_range(CALL, range)).await.unwrap_or_else(|_| {
         Err(Fault::new(CALL.doubt(), format!("no answer within {limit:?}")).error(CALL.verb).key(range))
@@ -121,7 +120,7 @@ async fn feed(
         };
         let events = match signal {
             Some(Signal::Events(events)) => events,
-            Some(Signal::Begun(_)) => continue,
+            Some(Signal::Begun) => continue,
             None | Some(Signal::Ended(Ending::Behind)) => return Gap::Missed,
             Some(Signal::Ended(Ending::Fault(fault))) => return Gap::Lost(fault),
         };

@@ -12,7 +12,7 @@ use tokio::{
     time::Instant,
 };
 
-use crate::store::{Directory, State, number};
+use crate::store::{Directory, State, directory, number};
 
 #[derive(Debug)]
 pub(crate) struct Standing {
@@ -41,35 +41,34 @@ impl Standing {
 impl State {
     /// `None` if the lease has ended, `Some(None)` if only a free line was wanted and this one is not.
     pub(crate) fn enqueue(&mut self, path: &str, entry: &Enqueue) -> Option<Option<Place>> {
-        let lease = number(entry.lease.as_str())?;
+        let id = number(entry.lease.as_str())?;
         let nonce = entry.nonce.0;
-        let attempts = self.leases.get(&lease)?.tickets.range((nonce, 0)..=(nonce, u64::MAX));
-        let earlier = attempts.filter(|(_, line)| &***line == path).map(|((_, token), _)| *token).next();
-        if let Some(token) = earlier {
-            return Some(self.directories.get(path).and_then(|line| place(line, &entry.line, token, entry.depth)));
+        let lease = self.leases.get_mut(&id)?;
+        let line = directory(&mut self.directories, path);
+        let mut attempts = lease.tickets.range((nonce, 0)..=(nonce, u64::MAX));
+        if let Some(((_, token), _)) = attempts.find(|(_, at)| ***at == *path) {
+            return Some(place(line, &entry.line, *token, entry.depth));
         }
-        if entry.when_free && self.directories.get(path).is_some_and(|line| !line.tickets.is_empty()) {
+        if entry.when_free && !line.tickets.is_empty() {
             return Some(None);
         }
-        let token = self.next_revision();
+        self.revision += 1;
+        let token = self.revision;
         let standing = Standing {
             name: decimal(token),
             kind: entry.kind,
             value: entry.value.clone(),
-            lease,
+            lease: id,
             nonce,
             waiters: None,
         };
-        let line = self.directory(path);
         let place = Place {
             ticket: standing.ticket(&entry.line),
             token: Revision(token),
-            // Tokens rise, so that everybody there stands ahead.
             ahead: ahead(line, &entry.line, token, entry.depth),
         };
         line.tickets.insert(token, standing);
-        let path = line.path.clone();
-        self.leases.get_mut(&lease)?.tickets.insert((nonce, token), path);
+        lease.tickets.insert((nonce, token), line.path.clone());
         Some(Some(place))
     }
 

@@ -59,7 +59,7 @@ pub(crate) struct State {
     /// Of the last write; every write takes the next one.
     pub(crate) revision: u64,
     pub(crate) directories: HashMap<Arc<str>, Directory>,
-    pub(crate) leases: HashMap<u64, Granted>,
+    pub(crate) leases: BTreeMap<u64, Granted>,
     // One for each lease.
     deadlines: BTreeSet<(Instant, u64)>,
     // Told when a lease is granted that ends before all others.
@@ -76,7 +76,7 @@ impl State {
             now: Instant::now(),
             revision: 0,
             directories: HashMap::new(),
-            leases: HashMap::new(),
+            leases: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             sooner: Arc::default(),
             last_lease: 0,
@@ -84,6 +84,18 @@ impl State {
             emptied: 0,
         }
     }
+}
+
+/// The directory at this path, made if it is not there.
+pub(crate) fn directory<'a>(directories: &'a mut HashMap<Arc<str>, Directory>, path: &str) -> &'a mut Directory {
+    // Looked up twice, as `entry` would need an owned path every time.
+    if !directories.contains_key(path) {
+        let path: Arc<str> = path.into();
+        let empty =
+            Directory { path: path.clone(), keys: BTreeMap::new(), tickets: BTreeMap::new(), watchers: Vec::new() };
+        directories.insert(path, empty);
+    }
+    directories.get_mut(path).expect("inserted above if it was missing")
 }
 
 /// What one path holds: the keys of a directory, or the tickets of a line.
@@ -163,18 +175,6 @@ impl State {
     pub(crate) fn next_revision(&mut self) -> u64 {
         self.revision += 1;
         self.revision
-    }
-
-    /// The directory, made if it is not there.
-    pub(crate) fn directory(&mut self, path: &str) -> &mut Directory {
-        // Looked up twice at the first use only; `entry` would need an owned path every time.
-        if !self.directories.contains_key(path) {
-            let path: Arc<str> = path.into();
-            let empty =
-                Directory { path: path.clone(), keys: BTreeMap::new(), tickets: BTreeMap::new(), watchers: Vec::new() };
-            self.directories.insert(path, empty);
-        }
-        self.directories.get_mut(path).expect("inserted above if it was missing")
     }
 
     /// Notes that a directory may have become empty. Dropping each one at once would cost a lock that is taken

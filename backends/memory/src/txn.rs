@@ -1,34 +1,19 @@
 //! Transactions: every check and every lease is looked at before the first write, so that there is nothing to undo.
 
-use std::{borrow::Cow, fmt, sync::Arc};
+use std::{borrow::Cow, sync::Arc};
 
 use quorate_core::{Check, Commit, Dir, Error, LeaseId, Result, Revision, Txn, Write};
 
 use crate::{
     MAX_TXN, MAX_VALUE, lost,
-    store::{Change, Item, State, number},
+    store::{Change, Item, State, directory, number},
     too_large,
 };
-
-/// What an error about a transaction names: its first write, or its first check.
-pub(crate) struct Subject<'a>(pub(crate) &'a Txn);
-
-impl fmt::Display for Subject<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (self.0.writes.first(), self.0.checks.first()) {
-            (Some(Write::Put { key, .. } | Write::Delete(key)), _) => key.fmt(f),
-            (Some(Write::Leave(ticket)), _) => ticket.fmt(f),
-            (None, Some(Check::Absent(key) | Check::Unchanged { key, .. })) => key.fmt(f),
-            (None, Some(Check::Standing { ticket, .. })) => ticket.fmt(f),
-            (None, None) => f.write_str("nothing"),
-        }
-    }
-}
 
 /// Refuses what no store would take.
 pub(crate) fn validate(txn: &Txn) -> Result<()> {
     let size = txn.checks.len() + txn.writes.len();
-    let refuse = |message| Err(Error::invalid("commit", message).key(Subject(txn)).on("memory"));
+    let refuse = |message| Err(Error::invalid("commit", message).key(txn).on("memory"));
     if size > MAX_TXN {
         return refuse(format!("{size} checks and writes, at most {MAX_TXN} are allowed"));
     }
@@ -95,7 +80,7 @@ impl State {
     }
 
     fn put(&mut self, path: &str, name: &str, mut item: Item) -> Option<Change> {
-        let directory = self.directory(path);
+        let directory = directory(&mut self.directories, path);
         let (path, watched) = (directory.path.clone(), !directory.watchers.is_empty());
         let (name, old_lease) = match directory.keys.get_key_value(name) {
             Some((name, old)) => {

@@ -16,7 +16,7 @@ use tokio::{task::AbortHandle, time::sleep_until};
 
 use crate::{
     faults::{Link, cut_off},
-    store::{Change, Directory, Item, State, Store},
+    store::{Change, Directory, Item, State, Store, directory},
 };
 
 #[derive(Debug)]
@@ -73,7 +73,7 @@ pub(crate) fn open(store: &Arc<Store>, state: &mut State, link: &Link, path: &st
     let (sender, watch) = channel(WATCH_CAPACITY);
     let sender = Arc::new(sender);
     let task = tokio::spawn(attend(Arc::downgrade(store), sender.clone(), path.into(), id)).abort_handle();
-    let directory = state.directory(path);
+    let directory = directory(&mut state.directories, path);
     let watcher = Watcher { id, client: link.client, range: range.clone(), sender, silent, task };
     watcher.reset(&directory.keys, revision);
     directory.watchers.push(watcher);
@@ -148,6 +148,7 @@ impl State {
         for directory in self.directories.values_mut() {
             directory.watchers.retain(|watcher| watcher.client != client);
         }
+        self.tidy();
     }
 
     fn end_watch(&mut self, path: &str, id: u64) {

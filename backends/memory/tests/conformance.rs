@@ -1,5 +1,7 @@
 //! The whole contract, in real time and on a paused clock, with and without a namespace.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;

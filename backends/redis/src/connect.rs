@@ -8,10 +8,17 @@
 //! is all that is needed; the cluster client repeats a request after a lost connection by itself, and a
 //! write that was perhaps applied must not be repeated in silence.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use futures_util::{StreamExt, stream::FuturesUnordered};
-use quorate_core::{ErrorKind, endpoints::Endpoints};
+use quorate_core::{ErrorKind, Revision, endpoints::Endpoints};
 use redis::{AsyncConnectionConfig, Client, ConnectionInfo, PushInfo, PushKind, RedisError, Value};
 use tokio::{
     sync::oneshot,
@@ -20,7 +27,7 @@ use tokio::{
 
 use crate::{
     config::{Address, Options, Topology},
-    error::{Failure, classify_connect},
+    error::{Failure, NAME, classify_connect},
     hub::Hub,
     link::{Broken, Link},
     script::{Call, HELLO, Keys},
@@ -45,12 +52,19 @@ pub(crate) struct Connector {
     // Other nodes of the cluster, as learnt from the last one that answered: the given ones may all be gone
     // by the time they are needed.
     known: std::sync::Mutex<VecDeque<Address>>,
+    // The highest revision that any answer has shown. A server that has lost data is raised past it.
+    seen: AtomicU64,
 }
 
 impl Connector {
     pub(crate) fn new(options: Options, keys: Keys, hub: Arc<Hub>) -> Self {
         let health = Endpoints::new(options.endpoints.len());
-        Self { options, keys, hub, health, known: std::sync::Mutex::default() }
+        Self { options, keys, hub, health, known: std::sync::Mutex::default(), seen: AtomicU64::new(0) }
+    }
+
+    /// Takes note of a revision that the server has shown.
+    pub(crate) fn saw(&self, revision: Revision) {
+        self.seen.fetch_max(revision.0, Ordering::Relaxed);
     }
 
     /// The endpoints as a reader would write them.
@@ -64,10 +78,9 @@ impl Connector {
         let limit = self.options.connect_timeout;
         match timeout(limit, self.race(number)).await {
             Ok(result) => result,
-            Err(_) => Err(Failure::new(
-                ErrorKind::Unavailable,
-                format!("{} did not answer within {limit:?}", self.names()),
-            )),
+            Err(_) => {
+                Err(Failure::new(ErrorKind::Unavailable, format!("{} did not answer within {limit:?}", self.names())))
+            }
         }
     }
 
@@ -234,6 +247,7 @@ impl Connector {
         .map_err(failed)?;
         let mut link = Link { number, address: address.to_string(), data, signal, broken };
         self.hello(&mut link).await?;
+        warn_of_eviction(&link).await;
         Ok(link)
     }
 
@@ -246,16 +260,34 @@ impl Connector {
         let (tell, told) = oneshot::channel();
         let _expected = self.hub.expect_hello(nonce.clone(), tell);
         link.signal.subscribe(self.keys.client_channel(self.hub.client())).await.map_err(refused)?;
-        let call = Call::new(&HELLO, &self.keys).arg(self.hub.client()).arg(&nonce);
+        let seen = self.seen.load(Ordering::Relaxed).to_string();
+        let call = Call::new(&HELLO, &self.keys).arg(self.hub.client()).arg(&nonce).arg(seen);
         call.send(&mut link.data).await.map_err(refused)?;
         // Bounded by the attempt: it fails if the two connections lead to servers that do not share messages.
-        told.await.map_err(|_| {
-            Refused::Failed(Failure::new(ErrorKind::Unavailable, "messages of the server do not arrive"))
-        })
+        told.await
+            .map_err(|_| Refused::Failed(Failure::new(ErrorKind::Unavailable, "messages of the server do not arrive")))
     }
 
     fn known(&self) -> std::sync::MutexGuard<'_, VecDeque<Address>> {
         self.known.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// Says so if the server may throw our records away when its memory is full. Best effort: a user may lack
+/// the permission to ask.
+async fn warn_of_eviction(link: &Link) {
+    let mut conn = link.data.clone();
+    let Ok(answer) = conn.send_packed_command(redis::cmd("INFO").arg("memory")).await else { return };
+    let Ok(info) = redis::from_redis_value::<String>(answer) else { return };
+    let field = |name: &str| info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let policy = field("maxmemory_policy").unwrap_or_default();
+    if policy.starts_with("allkeys") && field("maxmemory") != Some("0") {
+        tracing::warn!(
+            backend = NAME,
+            server = %link.address,
+            policy,
+            "this server may evict locks and keys when its memory is full; use noeviction or a volatile-* policy"
+        );
     }
 }
 
@@ -276,10 +308,9 @@ impl Refused {
     fn into_failure(self) -> Failure {
         match self {
             Self::Failed(failure) => failure,
-            Self::Moved(_) => Failure::new(
-                ErrorKind::Unsupported,
-                "the server is a node of a cluster; use the scheme redis+cluster",
-            ),
+            Self::Moved(_) => {
+                Failure::new(ErrorKind::Unsupported, "the server is a node of a cluster; use the scheme redis+cluster")
+            }
         }
     }
 }

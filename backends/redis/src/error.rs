@@ -1,8 +1,7 @@
 //! What a server's answer, or the lack of one, means to the caller.
 //!
-//! Promise: `Unavailable` is only said where the server surely did not run the script. A script runs as a
-//! whole or not at all, so every refusal that the server itself sends means "not applied"; only a missing
-//! answer leaves a write in doubt.
+//! Promise: `Unavailable` is only said where the server surely did not run the script: these refusals come
+//! before a script's first write. Only a missing answer leaves a write in doubt.
 
 use quorate_core::{Error, ErrorKind};
 use redis::{ErrorKind as Kind, RedisError};
@@ -32,12 +31,13 @@ const NOT_NOW: &[(&str, Verdict)] = &[
     ("BUSY", Verdict::Keep),
     ("TRYAGAIN", Verdict::Keep),
     ("ASK", Verdict::Keep),
-    ("NOREPLICAS", Verdict::Keep),
     ("MISCONF", Verdict::Keep),
     ("MOVED", Verdict::Leave),
     ("CLUSTERDOWN", Verdict::Leave),
     ("MASTERDOWN", Verdict::Leave),
     ("READONLY", Verdict::Leave),
+    // A primary that was cut off from its replicas; there may be a new one.
+    ("NOREPLICAS", Verdict::Leave),
     ("UNKILLABLE", Verdict::Keep),
 ];
 
@@ -77,6 +77,10 @@ pub(crate) fn classify(error: &RedisError, effect: Effect) -> (Failure, Verdict)
             let kind = if effect == Effect::Reads { ErrorKind::Unavailable } else { ErrorKind::Ambiguous };
             (Failure::new(kind, format!("the answer is not in Redis's protocol: {text}")), Verdict::Leave)
         }
+        Kind::RESP3NotSupported => {
+            let text = format!("the server is older than Redis 6: {text}");
+            (Failure::new(ErrorKind::Unsupported, text), Verdict::Leave)
+        }
         _ => refusal(error, text),
     }
 }
@@ -110,7 +114,11 @@ fn refusal(error: &RedisError, text: String) -> (Failure, Verdict) {
     if said("WRONGTYPE") {
         return (Failure::new(ErrorKind::Corrupt, text), Verdict::Keep);
     }
-    (Failure::new(ErrorKind::Backend, format!("the server refused, nothing was applied: {text}")), Verdict::Keep)
+    if said("OOM") {
+        let text = format!("the server's memory is full, nothing was applied: {text}");
+        return (Failure::new(ErrorKind::Backend, text), Verdict::Keep);
+    }
+    (Failure::new(ErrorKind::Backend, text), Verdict::Keep)
 }
 
 fn contains_code(detail: &str, code: &str) -> bool {
@@ -148,7 +156,7 @@ mod tests {
             ("-READONLY You can't write against a read only replica.\r\n", (ErrorKind::Unavailable, Verdict::Leave)),
             ("-MOVED 3999 127.0.0.1:6381\r\n", (ErrorKind::Unavailable, Verdict::Leave)),
             ("-CLUSTERDOWN The cluster is down\r\n", (ErrorKind::Unavailable, Verdict::Leave)),
-            ("-NOREPLICAS Not enough good replicas to write.\r\n", (ErrorKind::Unavailable, Verdict::Keep)),
+            ("-NOREPLICAS Not enough good replicas to write.\r\n", (ErrorKind::Unavailable, Verdict::Leave)),
             ("-OOM command not allowed when used memory > 'maxmemory'.\r\n", (ErrorKind::Backend, Verdict::Keep)),
             ("-WRONGTYPE Operation against a key\r\n", (ErrorKind::Corrupt, Verdict::Keep)),
             (

@@ -44,6 +44,11 @@ pub(crate) fn field(ticket: &Ticket) -> Arc<str> {
     format!("{}\n{}", ticket.line.as_str(), ticket.name).into()
 }
 
+/// How many of the nearest to name. At least one: whether anybody is ahead must always show.
+fn limit(depth: usize) -> String {
+    depth.clamp(1, i32::MAX as usize).to_string()
+}
+
 pub(crate) async fn enqueue(server: &Server, entry: &Enqueue) -> Result<Option<Place>> {
     if entry.value.len() > MAX_VALUE {
         return Err(too_long("enqueue", entry.value.len()).key(&entry.line));
@@ -54,8 +59,7 @@ pub(crate) async fn enqueue(server: &Server, entry: &Enqueue) -> Result<Option<P
         .arg(&*name)
         .arg(entry.lease.as_str())
         .arg(&entry.value)
-        // At least one: whether anybody is ahead must always show.
-        .arg(entry.depth.max(1).to_string())
+        .arg(limit(entry.depth))
         .arg(if entry.when_free { "1" } else { "0" });
     let value = server.call("enqueue", Effect::Writes, &call).await.map_err(|e| e.key(&entry.line))?;
     let mut parts = Parts::of(value).map_err(|e| unexpected("enqueue", &e).key(&entry.line))?;
@@ -66,14 +70,13 @@ pub(crate) async fn enqueue(server: &Server, entry: &Enqueue) -> Result<Option<P
         return Err(ended("enqueue", &entry.lease));
     }
     let ticket = Ticket { line: entry.line.clone(), name, kind: entry.kind };
-    place(ticket, &mut parts).map(Some).map_err(|e| unexpected("enqueue", &e).key(&entry.line))
+    let place = place(ticket, &mut parts).map_err(|e| unexpected("enqueue", &e).key(&entry.line))?;
+    server.connector.saw(place.token);
+    Ok(Some(place))
 }
 
 pub(crate) async fn look(server: &Server, of: &Ticket, depth: usize) -> Result<Option<Place>> {
-    let call = Call::new(&LOOK, &server.connector.keys)
-        .arg(of.line.as_str())
-        .arg(&*of.name)
-        .arg(depth.max(1).to_string());
+    let call = Call::new(&LOOK, &server.connector.keys).arg(of.line.as_str()).arg(&*of.name).arg(limit(depth));
     let value = server.call("look", Effect::Reads, &call).await.map_err(|e| e.key(of))?;
     let mut parts = Parts::of(value).map_err(|e| unexpected("look", &e).key(of))?;
     if parts.is_empty() {

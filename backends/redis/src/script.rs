@@ -31,8 +31,7 @@ impl fmt::Debug for Script {
     }
 }
 
-pub(crate) static HELLO: LazyLock<Script> =
-    LazyLock::new(|| Script::new("false", include_str!("lua/hello.lua"), ""));
+pub(crate) static HELLO: LazyLock<Script> = LazyLock::new(|| Script::new("false", include_str!("lua/hello.lua"), ""));
 pub(crate) static GRANT: LazyLock<Script> =
     LazyLock::new(|| Script::new("true", include_str!("lua/grant.lua"), EPILOGUE));
 pub(crate) static RENEW: LazyLock<Script> =

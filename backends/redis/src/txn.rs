@@ -35,7 +35,10 @@ pub(crate) async fn commit(server: &Server, txn: &Txn) -> Result<Commit> {
     let effect = if txn.writes.is_empty() { Effect::Reads } else { Effect::Writes };
     let value = server.call("commit", effect, &call).await.map_err(name)?;
     match answer(value).map_err(|e| name(unexpected("commit", &e)))? {
-        Outcome::Done(commit) => Ok(commit),
+        Outcome::Done(commit) => {
+            server.connector.saw(commit.revision);
+            Ok(commit)
+        }
         Outcome::LeaseEnded(lease) => Err(ended("commit", &LeaseId::new(lease))),
     }
 }
@@ -66,9 +69,8 @@ fn check(txn: &Txn) -> Result<()> {
 
 fn request(server: &Server, txn: &Txn) -> Call {
     let grows = txn.writes.iter().any(|write| matches!(write, Write::Put { .. }));
-    let mut call = Call::new(&COMMIT, &server.connector.keys)
-        .arg(if grows { "1" } else { "0" })
-        .arg(txn.checks.len().to_string());
+    let mut call =
+        Call::new(&COMMIT, &server.connector.keys).arg(if grows { "1" } else { "0" }).arg(txn.checks.len().to_string());
     for check in &txn.checks {
         match check {
             Check::Absent(key) => call = call.arg("a").arg(path(key)),

@@ -158,6 +158,7 @@ pub(crate) async fn read(server: &Server, range: &KeyRange) -> Result<Snapshot> 
     let call = request(server, range, false);
     let value = server.call("read", Effect::Reads, &call).await.map_err(|e| e.key(range))?;
     let seen = answer(range, value).map_err(|e| unexpected("read", &e).key(range))?;
+    server.connector.saw(seen.snapshot.revision);
     Ok(seen.snapshot)
 }
 
@@ -233,17 +234,14 @@ async fn subscribe_and_read(server: &Server, joined: &mut Joined) -> Result<u64>
         if let Some(first) = seen.first {
             server.connector.hub.deadline(range.dir(), first);
         }
+        server.connector.saw(seen.snapshot.revision);
         joined.cell.complete(seen.snapshot, seen.mark);
         return Ok(link.number);
     }
 }
 
 /// Waits until the directory's messages arrive on this link; `false` if the link is no longer the one.
-async fn subscribed(
-    live: &mut watch::Receiver<Live>,
-    state: &mut watch::Receiver<State>,
-    link: &Link,
-) -> Result<bool> {
+async fn subscribed(live: &mut watch::Receiver<Live>, state: &mut watch::Receiver<State>, link: &Link) -> Result<bool> {
     loop {
         match &*live.borrow_and_update() {
             Live::On(number) if *number == link.number => return Ok(true),
@@ -284,6 +282,9 @@ async fn run(server: Arc<Server>, mut joined: Joined, mut on: u64) {
             established = establish(&server, &mut joined) => match established {
                 Ok(number) => (on, pause) = (number, FIRST_PAUSE),
                 Err(e) => {
+                    if matches!(*state.borrow(), State::Closed) {
+                        return;
+                    }
                     interrupted(&cell, e);
                     tokio::select! {
                         () = cell.sender.closed() => return,

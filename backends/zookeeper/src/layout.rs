@@ -10,6 +10,7 @@
 //! | `<namespace>/<dir>/<name>` | a key; persistent, or ephemeral if it stands on a lease |
 //! | `<namespace>/<line>/_c_<uuid>-lock-<sequence>` | a ticket, see [`ticket`](crate::ticket) |
 //! | `<namespace>/.gen/<2 hex>` | a generation: its version rises with every creation of a key that hashes to it |
+//! | `<namespace>/.lease/<id>` | a lease that lives, see [`lease`](crate::lease) |
 //!
 //! A key is one child of its directory, whatever slashes its name has: `/` is stored as `%2F`. Nested nodes would be
 //! the obvious mapping, but ephemeral nodes cannot have children, so `a` on a lease would forbid `a/b`. A name
@@ -18,7 +19,7 @@
 
 use std::borrow::Cow;
 
-use quorate_core::{Dir, Key, Ticket};
+use quorate_core::{Dir, Key, LeaseId, Ticket};
 
 use crate::ticket;
 
@@ -54,12 +55,12 @@ impl Layout {
         format!("{}/{}/{}", self.root, ticket.line, ticket.name)
     }
 
-    pub(crate) fn generations(&self) -> String {
-        format!("{}/.gen", self.root)
-    }
-
     pub(crate) fn generation(&self, shard: u64) -> String {
         format!("{}/.gen/{shard:02x}", self.root)
+    }
+
+    pub(crate) fn lease(&self, id: &LeaseId) -> String {
+        format!("{}/.lease/{id}", self.root)
     }
 
     /// The node above.
@@ -81,9 +82,8 @@ impl Layout {
     pub(crate) fn shard(key: &Key) -> u64 {
         // FNV-1a: the same on every machine and in every version, which std's hashers do not promise.
         let bytes = key.dir().as_str().bytes().chain([b'/']).chain(key.encoded().bytes());
-        let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        });
+        let hash = bytes
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
         hash % SHARDS
     }
 }
@@ -185,6 +185,6 @@ mod tests {
     #[test]
     fn the_generation_of_a_key_never_changes() {
         let key = Key::new(&Dir::new(["kv"]).unwrap(), "orders/42").unwrap();
-        assert_eq!(Layout::new("x").generation(Layout::shard(&key)), "/x/.gen/SHARD");
+        assert_eq!(Layout::new("x").generation(Layout::shard(&key)), "/x/.gen/3b");
     }
 }

@@ -2,6 +2,11 @@
 //!
 //! Promise: a lease ends no earlier than its TTL after the last confirmed renewal, and soon after it, also if this
 //! process lives on: the client library pings by itself and would keep a session that nobody renews alive for ever.
+//! Anybody may revoke it.
+//!
+//! Only its own connection can close a session. So each lease has a node, `<namespace>/.lease/<id>`, ephemeral on its
+//! session: it tells others that the lease lives, and its owner, who watches it, closes the session as soon as
+//! somebody writes to it. What the owner does not see, because it is dead or cut off, ends with the TTL.
 
 use std::{
     collections::HashMap,
@@ -17,6 +22,8 @@ use crate::{
     Inner, connect,
     connect::Conn,
     error::{Call, NAME},
+    layout::Layout,
+    line::make_nodes,
 };
 
 /// A lease that is open here.
@@ -114,8 +121,10 @@ pub(crate) fn name(session: i64) -> LeaseId {
 pub(crate) async fn grant(inner: &Arc<Inner>, ttl: Duration) -> Result<Lease> {
     let ttl = ttl.clamp(inner.profile.min_ttl, inner.profile.max_ttl);
     let conn = connect::open(&inner.settings, ttl, "grant").await?;
+    let id = name(conn.session());
+    let revoked = announce(inner, &conn, &id).await?;
     let open = Arc::new(Open {
-        id: name(conn.session()),
+        id,
         ttl: conn.client.session_timeout(),
         conn: Arc::new(conn),
         confirmed: Mutex::new(Instant::now()),
@@ -124,8 +133,28 @@ pub(crate) async fn grant(inner: &Arc<Inner>, ttl: Duration) -> Result<Lease> {
     let lease = Lease { id: open.id.clone(), ttl: open.ttl };
     lock(&inner.leases.slots).insert(open.id.clone(), Slot::Open(open.clone()));
     let states = open.conn.client.state_watcher();
-    tokio::spawn(end_in_time(Arc::downgrade(inner), Arc::downgrade(&open), states, lease.clone()));
+    tokio::spawn(end_in_time(Arc::downgrade(inner), Arc::downgrade(&open), states, revoked, lease.clone()));
     Ok(lease)
+}
+
+/// Creates the lease's node and watches it. A lease that fails here is dropped, and its session closed with it.
+async fn announce(inner: &Inner, conn: &Conn, id: &LeaseId) -> Result<zk::OneshotWatcher> {
+    let call = Call::read("grant", id);
+    let path = inner.settings.layout.lease(id);
+    let options = zk::CreateMode::Ephemeral.with_acls(inner.settings.acls());
+    let mut make = false;
+    loop {
+        if make {
+            make_nodes(inner, &conn.client, Layout::parent(&path));
+        }
+        let created = conn.client.create(&path, b"", &options);
+        let watched = conn.client.get_and_watch_data(&path);
+        match conn.call(async { Ok::<_, zk::Error>((created.await?, watched.await?)) }).await {
+            Ok((_, (_, _, watcher))) => return Ok(watcher),
+            Err(zk::Error::NoNode) if !make => make = true,
+            Err(error) => return Err(conn.failed(&call, error)),
+        }
+    }
 }
 
 /// Confirmed by the leader, not by the server we are connected to: that one may be cut off from the others and go on
@@ -145,12 +174,36 @@ pub(crate) async fn renew(inner: &Inner, id: &LeaseId) -> Result<Duration> {
 }
 
 pub(crate) async fn revoke(inner: &Inner, id: &LeaseId) -> Result<()> {
-    let Some(states) = inner.leases.close(id) else { return Ok(()) };
+    let call = Call::write("revoke", id);
+    let Some(states) = inner.leases.close(id) else { return revoke_elsewhere(inner, id, &call).await };
     if timeout(inner.settings.request_timeout, terminated(states)).await.is_err() {
-        let call = Call::write("revoke", id);
         return Err(call.error(ErrorKind::Ambiguous, "the server has not confirmed the end of the session"));
     }
     Ok(())
+}
+
+/// Asks the client that opened the lease to close it, and waits until it has.
+async fn revoke_elsewhere(inner: &Inner, id: &LeaseId, call: &Call<'_>) -> Result<()> {
+    let conn = inner.base.conn(call).await?;
+    let path = inner.settings.layout.lease(id);
+    let synced = conn.client.sync("/");
+    let asked = conn.client.set_data(&path, b"revoked", None);
+    let asked = conn.call(async { synced.await.and(asked.await) }).await;
+    let ending = async {
+        asked?;
+        loop {
+            let (_, _, watcher) = conn.call(conn.client.get_and_watch_data(&path)).await?;
+            watcher.changed().await;
+        }
+    };
+    match timeout(inner.settings.request_timeout, ending).await {
+        Ok(Err(zk::Error::NoNode)) => Ok(()),
+        Ok(Err(error)) => Err(conn.failed(call, error)),
+        Ok(Ok(())) | Err(_) => {
+            let message = "its owner was asked to close it, and has not done so";
+            Err(call.error(ErrorKind::Ambiguous, message).next("it ends after its ttl, unless its owner goes on"))
+        }
+    }
 }
 
 async fn terminated(mut states: zk::StateWatcher) {
@@ -159,8 +212,15 @@ async fn terminated(mut states: zk::StateWatcher) {
     }
 }
 
-/// Ends a lease that was not renewed in time, and forgets one that has ended.
-async fn end_in_time(inner: Weak<Inner>, open: Weak<Open>, mut states: zk::StateWatcher, lease: Lease) {
+/// Ends a lease that was not renewed in time or that somebody revoked, and forgets one that has ended.
+async fn end_in_time(
+    inner: Weak<Inner>,
+    open: Weak<Open>,
+    mut states: zk::StateWatcher,
+    revoked: zk::OneshotWatcher,
+    lease: Lease,
+) {
+    let mut revoked = std::pin::pin!(revoked.changed());
     // Nothing but calls under way holds a lease that is being closed.
     while let Some(due) = open.upgrade().map(|open| *lock(&open.confirmed) + open.ttl) {
         if states.peek_state().is_terminated() {
@@ -172,6 +232,7 @@ async fn end_in_time(inner: Weak<Inner>, open: Weak<Open>, mut states: zk::State
         }
         tokio::select! {
             _ = states.changed() => {}
+            _ = &mut revoked => break,
             () = sleep_until(due) => {}
         }
     }

@@ -51,8 +51,8 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use quorate_core::{
-    Backend, Commit, Config, Dir, Enqueue, Fencing, KeyRange, Lease, LeaseId, Line, Place, Profile, Result,
-    Revision, Snapshot, Ticket, Txn, Watch,
+    Backend, Commit, Config, Dir, Enqueue, Fencing, KeyRange, Lease, LeaseId, Line, Place, Profile, Result, Revision,
+    Snapshot, Ticket, Txn, Watch,
 };
 use zookeeper_client as zk;
 

@@ -111,7 +111,8 @@ impl State {
 pub(crate) async fn enqueue(inner: &Inner, entry: &Enqueue) -> Result<Place> {
     let call = Call::write("enqueue", &entry.line).leased(true);
     if entry.value.len() > inner.profile.max_value {
-        let message = format!("the value has {} bytes, at most {} are allowed", entry.value.len(), inner.profile.max_value);
+        let message =
+            format!("the value has {} bytes, at most {} are allowed", entry.value.len(), inner.profile.max_value);
         return Err(call.error(ErrorKind::InvalidInput, message));
     }
     let open = inner.leases.get(&entry.lease, &call)?;
@@ -171,11 +172,17 @@ fn refused(error: &zk::Error) -> bool {
     matches!(error, E::NoAuth | E::InvalidAcl | E::NoChildrenForEphemerals | E::QuotaExceeded | E::Throttled)
 }
 
-/// Sends for the creation of this node and of those between it and the namespace, and does not wait.
+/// Sends for the creation of this node and of those above it, and does not wait.
 pub(crate) fn make_nodes(inner: &Inner, client: &zk::Client, path: &str) {
-    let options = zk::CreateMode::Container.with_acls(inner.settings.acls());
-    for node in inner.settings.layout.nodes_down_to(path) {
-        drop(client.create(node, b"", &options));
+    let layout = &inner.settings.layout;
+    // The namespace itself is missing after a server has lost its data.
+    let persistent = zk::CreateMode::Persistent.with_acls(inner.settings.acls());
+    for node in layout.namespace_nodes() {
+        drop(client.create(node, b"", &persistent));
+    }
+    let container = zk::CreateMode::Container.with_acls(inner.settings.acls());
+    for node in layout.nodes_down_to(path) {
+        drop(client.create(node, b"", &container));
     }
 }
 

@@ -52,9 +52,7 @@ impl<'a> View<'a> {
     fn culprit(&self, checks: &[Check]) -> Option<usize> {
         checks.iter().position(|check| match check {
             Check::Absent(key) => self.key(key).1.is_some(),
-            Check::Unchanged { key, modified } => {
-                self.key(key).1.is_none_or(|stat| revision(stat.mzxid) != *modified)
-            }
+            Check::Unchanged { key, modified } => self.key(key).1.is_none_or(|stat| revision(stat.mzxid) != *modified),
             Check::Standing { ticket, token } => {
                 self.ticket(ticket).1.is_none_or(|stat| revision(stat.czxid) != *token)
             }

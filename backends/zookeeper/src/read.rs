@@ -58,7 +58,10 @@ async fn one(conn: &Conn, layout: &Layout, seen: &Seen, key: &Key) -> Result<Sna
         }
         Err(zk::Error::NoNode) => {
             seen.forget(&path);
-            Ok(Snapshot { revision: generation.map_or(Revision(0), |stat| revision(stat.mzxid)), ..Snapshot::default() })
+            Ok(Snapshot {
+                revision: generation.map_or(Revision(0), |stat| revision(stat.mzxid)),
+                ..Snapshot::default()
+            })
         }
         Err(error) => Err(error),
     }
@@ -102,12 +105,7 @@ fn matching(range: &KeyRange, children: Vec<String>) -> Vec<Key> {
 }
 
 /// Reads these keys, and the names in the directory at the same moment as the last of them.
-async fn pieces(
-    conn: &Conn,
-    layout: &Layout,
-    dir: &str,
-    keys: &[Key],
-) -> Result<(Vec<Entry>, Vec<String>), zk::Error> {
+async fn pieces(conn: &Conn, layout: &Layout, dir: &str, keys: &[Key]) -> Result<(Vec<Entry>, Vec<String>), zk::Error> {
     let paths: Vec<String> = keys.iter().map(|key| layout.key(key)).collect();
     let mut requests = Vec::new();
     let mut rest = paths.as_slice();

@@ -120,7 +120,11 @@ fn validate<'a>(inner: &Inner, txn: &'a Txn, call: &Call<'_>) -> Result<Option<&
         let fresh = match write {
             Write::Put { key, value, lease: on } => {
                 if value.len() > profile.max_value {
-                    return invalid(format!("a value has {} bytes, at most {} are allowed", value.len(), profile.max_value));
+                    return invalid(format!(
+                        "a value has {} bytes, at most {} are allowed",
+                        value.len(),
+                        profile.max_value
+                    ));
                 }
                 if let (Some(one), Some(other)) = (lease, on)
                     && one != other
@@ -356,7 +360,10 @@ impl Work<'_> {
     /// Sends for the creation of a generation, ahead of the next attempt.
     pub(crate) fn make_generation(&self, generation: &str) {
         let options = zk::CreateMode::Persistent.with_acls(self.inner.settings.acls());
-        drop(self.conn.client.create(&self.layout().generations(), b"", &options));
+        for node in self.layout().namespace_nodes() {
+            drop(self.conn.client.create(node, b"", &options));
+        }
+        drop(self.conn.client.create(Layout::parent(generation), b"", &options));
         drop(self.conn.client.create(generation, b"", &options));
     }
 

@@ -2,9 +2,10 @@
 //!
 //! Promise: nothing here weakens an assertion; an error that a case did not ask for fails it.
 
-use std::{fmt::Debug, sync::Arc, time::Duration};
+use std::{fmt::Debug, future::poll_fn, sync::Arc, task::Poll, time::Duration};
 
 use bytes::Bytes;
+use futures_util::future::BoxFuture;
 use quorate_core::{
     Backend, Check, Commit, Dir, Enqueue, Entry, ErrorKind, Key, KeyRange, LeaseId, Nonce, Place, Result, Revision,
     Snapshot, Ticket, TicketKind, Txn, Write,
@@ -42,7 +43,7 @@ pub(crate) use cases;
 pub(crate) fn case(
     name: &'static str,
     group: &'static str,
-    run: fn(Arc<dyn Clients>) -> futures_util::future::BoxFuture<'static, Outcome>,
+    run: fn(Arc<dyn Clients>) -> BoxFuture<'static, Outcome>,
 ) -> Case {
     Case { name, group, run }
 }
@@ -265,6 +266,19 @@ pub(crate) async fn within<T>(limit: Duration, what: &str, work: impl Future<Out
         Ok(value) => value,
         Err(_) => panic!("{what} did not happen within {limit:?}"),
     }
+}
+
+/// Polls `work` at most so many times, waiting for its wake-ups in between, and drops it.
+pub(crate) async fn poll_and_drop<T>(polls: usize, mut work: BoxFuture<'_, T>) {
+    let mut left = polls;
+    poll_fn(|cx| {
+        if left == 0 || work.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(());
+        }
+        left -= 1;
+        if left == 0 { Poll::Ready(()) } else { Poll::Pending }
+    })
+    .await;
 }
 
 /// Reads until the condition holds: for what another client wrote, where reads are not linearizable.

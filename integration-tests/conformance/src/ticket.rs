@@ -1,6 +1,6 @@
 //! Tickets: one per nonce, gone for good once gone, and a fence for writes while they stand.
 
-use std::{future::poll_fn, sync::Arc, task::Poll, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use quorate_core::{Check, Enqueue, ErrorKind, Nonce, Revision, Write};
 use tokio::time::sleep;
@@ -8,7 +8,8 @@ use tokio::time::sleep;
 use crate::{
     Clients,
     support::{
-        SOON, actor, cases, client, commit, eventually, get, keep, key, line, put, refused, short, standing, txn, value,
+        SOON, actor, cases, client, commit, eventually, get, keep, key, line, poll_and_drop, put, refused, short,
+        standing, txn, value,
     },
 };
 
@@ -57,18 +58,7 @@ async fn a_join_dropped_half_way_can_be_repeated(clients: Arc<dyn Clients>) {
     for polls in 0..6 {
         let line = line(&polls.to_string());
         let entry = a.entry(&line);
-        let mut joining = a.backend.enqueue(&entry);
-        let mut left = polls;
-        // Polled `polls` times, at most one of which ends it, and then dropped.
-        poll_fn(|cx| {
-            if left == 0 || joining.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(());
-            }
-            left -= 1;
-            if left == 0 { Poll::Ready(()) } else { Poll::Pending }
-        })
-        .await;
-        drop(joining);
+        poll_and_drop(polls, a.backend.enqueue(&entry)).await;
         let place = a.enqueue(&entry).await;
         assert_eq!(place.ahead, [], "one's own attempt does not stand in the way, after {polls} polls");
         sleep(Duration::from_millis(50)).await;

@@ -1,15 +1,15 @@
 //! Transactions: all or nothing, the first failed check by its index, and races with one winner.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use quorate_core::{Check, ErrorKind, Revision, Write};
+use quorate_core::{Check, ErrorKind, KeyRange, Revision, Write};
 
 use crate::{
     Clients, Outcome,
     support::{
-        actor, all, cases, client, commit, get, keep, key, line, put, put_on, read, refused, spawn, standing, txn,
-        txn_too_large, unchanged, value, write,
+        actor, all, cases, client, commit, get, keep, key, kv, line, poll_and_drop, put, put_on, read, refused, spawn,
+        standing, txn, txn_too_large, unchanged, value, write,
     },
 };
 
@@ -25,6 +25,7 @@ cases!("txn":
     all_puts_of_a_commit_carry_its_revision,
     keys_and_tickets_change_together,
     readers_never_see_half_a_commit,
+    a_commit_dropped_half_way_is_applied_whole_or_not_at_all,
     a_key_or_ticket_written_twice_is_refused,
     the_largest_transaction_works_and_a_larger_one_is_refused,
 );
@@ -84,27 +85,34 @@ async fn no_increment_is_lost(clients: Arc<dyn Clients>) {
         .map(|i| {
             let backend = backends[i % backends.len()].clone();
             spawn(async move {
-                let mut revisions = Vec::new();
+                let (mut revisions, mut refused) = (Vec::new(), 0);
                 while revisions.len() < EACH {
                     let entry = get(&backend, &key("count")).await.expect("the counter is there");
                     let count: usize = String::from_utf8_lossy(&entry.value).parse().expect("a number");
+                    // Lets the others read the same count, also where nothing else makes a task wait.
+                    tokio::task::yield_now().await;
                     let next = put(&key("count"), (count + 1).to_string());
                     let answer = commit(&backend, [unchanged(&key("count"), entry.modified)], [next]).await;
                     if answer.applied {
                         revisions.push(answer.revision);
+                    } else {
+                        refused += 1;
                     }
                 }
-                revisions
+                (revisions, refused)
             })
         })
         .collect();
     let mut revisions = HashSet::new();
+    let mut raced = 0;
     for task in &mut tasks {
-        let own = crate::support::within(crate::support::SOON * 3, "all increments", &mut task.0).await;
-        let own = own.expect("no increment failed");
+        let done = crate::support::within(crate::support::SOON * 3, "all increments", &mut task.0).await;
+        let (own, refused) = done.expect("no increment failed");
         assert!(own.is_sorted(), "one task's revisions rise: {own:?}");
         revisions.extend(own);
+        raced += refused;
     }
+    assert!(raced > 0, "void: no two increments met");
     assert_eq!(revisions.len(), TASKS * EACH, "every applied swap has a revision of its own");
     assert_eq!(value(&backends[0], &key("count")).await, Some(Bytes::from((TASKS * EACH).to_string())));
 }
@@ -275,6 +283,23 @@ async fn readers_never_see_half_a_commit(clients: Arc<dyn Clients>) {
     }
     assert!(seen.len() > 2, "void: the readers saw only {} commits", seen.len());
     assert!(writers.iter().all(|w| !w.0.is_finished()), "a writer failed");
+}
+
+async fn a_commit_dropped_half_way_is_applied_whole_or_not_at_all(clients: Arc<dyn Clients>) {
+    let a = actor(&clients).await;
+    for polls in 0..6 {
+        let (old, new) = (key(&format!("{polls}/old")), key(&format!("{polls}/new")));
+        write(&a.backend, [put(&old, "1")]).await;
+        let moved = txn([], [Write::Delete(old), put_on(&a.lease.id, &new, "1")]);
+        poll_and_drop(polls, a.backend.commit(&moved)).await;
+        let range = KeyRange::prefix(&kv(), &format!("{polls}/")).expect("a valid prefix");
+        // It may still be carried out, but then in one step.
+        for _ in 0..20 {
+            let entries = read(&a.backend, &range).await.entries;
+            assert_eq!(entries.len(), 1, "after {polls} polls: {entries:?}");
+            tokio::time::sleep(Duration::from_millis(3)).await;
+        }
+    }
 }
 
 async fn a_key_or_ticket_written_twice_is_refused(clients: Arc<dyn Clients>) {

@@ -1,7 +1,7 @@
--- Run once on every new connection. ARGV: client, nonce.
+-- Run once on every new connection. ARGV: client, nonce, the highest revision that this client has seen.
 -- Tries every command that the other scripts use, in a form that changes nothing, so that missing
 -- permissions are found now and never stop a script half-way. Raises the revision past everything that a
--- server which has since lost data may have shown.
+-- server which has since lost data has shown to this client, and to anybody before its clock's time.
 local probes = {
   { 'HGET', H, '' }, { 'HMGET', H, '' }, { 'HEXISTS', H, '' }, { 'HSETNX', H, 'rev', '0' },
   { 'ZSCORE', T, '' }, { 'ZRANGEBYSCORE', T, '1', '0', 'WITHSCORES', 'LIMIT', 0, 1 },
@@ -16,5 +16,10 @@ end
 -- Only now: what ends a lease must not be stopped half-way either.
 reap()
 bump()
+local seen = tonumber(ARGV[3])
+if seen >= revision and seen < 9000000000000000 then
+  revision = seen + 1
+  call('HSET', H, 'rev', number(revision))
+end
 tell()
 return call('PUBLISH', channel .. 'c:' .. ARGV[1], 'h' .. ARGV[2])

@@ -1,0 +1,71 @@
+//! TLS: whom to trust and how to show who we are.
+//!
+//! Promise: the crypto provider is given by name (aws-lc), so nothing depends on a process-wide default.
+
+use std::{path::Path, sync::Arc};
+
+use quorate_core::{Config, Result};
+use rustls::{ClientConfig, ConfigBuilder, RootCertStore, WantsVerifier, crypto::aws_lc_rs};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+
+use crate::config::bad;
+
+/// The client's TLS configuration; the files are read now.
+pub(crate) fn client(config: &Config) -> Result<ClientConfig> {
+    let tls = config.tls.clone().unwrap_or_default();
+    let builder = builder()?.with_root_certificates(roots(tls.ca.as_deref())?);
+    match (&tls.cert, &tls.key) {
+        (Some(cert), Some(key)) => {
+            let key_der = PrivateKeyDer::from_pem_file(key)
+                .map_err(|e| bad(format!("cannot read a private key from {}", key.display())).because(e))?;
+            builder
+                .with_client_auth_cert(certificates(cert)?, key_der)
+                .map_err(|e| bad("the client's certificate and key do not fit").because(e))
+        }
+        _ => Ok(builder.with_no_client_auth()),
+    }
+}
+
+/// A configuration that trusts nobody, for the connector of a client that never uses TLS.
+pub(crate) fn unused() -> Result<ClientConfig> {
+    Ok(builder()?.with_root_certificates(RootCertStore::empty()).with_no_client_auth())
+}
+
+fn builder() -> Result<ConfigBuilder<ClientConfig, WantsVerifier>> {
+    ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(|e| bad("the TLS provider has none of the safe protocol versions").because(e))
+}
+
+fn roots(ca: Option<&Path>) -> Result<RootCertStore> {
+    let mut roots = RootCertStore::empty();
+    match ca {
+        Some(file) => {
+            for certificate in certificates(file)? {
+                roots
+                    .add(certificate)
+                    .map_err(|e| bad(format!("a CA certificate in {} is malformed", file.display())).because(e))?;
+            }
+        }
+        None => {
+            let found = rustls_native_certs::load_native_certs();
+            roots.add_parsable_certificates(found.certs);
+            if roots.is_empty() {
+                return Err(bad("the system has no CA certificates; name one with ca="));
+            }
+        }
+    }
+    Ok(roots)
+}
+
+fn certificates(file: &Path) -> Result<Vec<CertificateDer<'static>>> {
+    let unreadable = |e| bad(format!("cannot read certificates from {}", file.display())).because(e);
+    let found = CertificateDer::pem_file_iter(file)
+        .map_err(unreadable)?
+        .collect::<std::result::Result<Vec<_>, _>>()
+        .map_err(unreadable)?;
+    if found.is_empty() {
+        return Err(bad(format!("{} has no certificate in PEM form", file.display())));
+    }
+    Ok(found)
+}

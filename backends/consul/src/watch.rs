@@ -1,0 +1,174 @@
+//! Watches: blocking queries, told apart into changes.
+//!
+//! Promise: as `quorate_core::watch` says. A blocking query answers with the whole range, so what a reader is told is the
+//! difference to what it was told before; changes that come faster than the answers are told as one.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use quorate_core::{
+    Entry, Error, Key, KeyRange, LeaseId, Result, Revision, Snapshot, Watch, WatchEvent, WatchSender,
+    watch::{Lagged, WATCH_CAPACITY, channel},
+};
+use tokio::sync::watch as signal;
+
+use crate::{
+    api::{Api, Found, How, Pair},
+    path::{Space, restore},
+    wait::{Pause, next_index},
+};
+
+/// How long the servers hold a query. Each answer carries the whole range, so not too short.
+const WAIT: Duration = Duration::from_secs(30);
+
+/// Reads ranges.
+#[derive(Debug, Clone)]
+pub(crate) struct Reader {
+    pub(crate) api: Arc<Api>,
+    pub(crate) space: Arc<Space>,
+}
+
+impl Reader {
+    pub(crate) async fn read(&self, operation: &'static str, range: &KeyRange, how: How) -> Result<Snapshot> {
+        let path = self.space.range(range);
+        let Found { items, index } = match range {
+            KeyRange::One(_) => self.api.get(operation, &path, how).await,
+            KeyRange::Prefix { .. } => self.api.list(operation, &path, how).await,
+        }
+        .map_err(|e| e.key(range))?;
+        let dir = self.space.dir(range.dir());
+        let mut entries: Vec<Entry> = items.into_iter().filter_map(|pair| entry(range, &dir, pair)).collect();
+        // Consul sorts by stored key, which differs from the order of encoded names where it had to escape.
+        entries.sort_unstable_by(|a, b| a.key.encoded().cmp(b.key.encoded()));
+        Ok(Snapshot { entries, revision: Revision(index) })
+    }
+
+    /// Starts a watch; the first `Reset` is in it when this returns.
+    pub(crate) async fn watch(&self, range: &KeyRange, mut alive: signal::Receiver<()>) -> Result<Watch> {
+        let first = self.read("watch", range, How::Consistent).await?;
+        let (sender, watch) = channel(WATCH_CAPACITY);
+        let mut follower =
+            Follower { reader: self.clone(), range: range.clone(), sender, known: HashMap::new(), index: 0 };
+        follower.reset(first);
+        tokio::spawn(async move {
+            tokio::select! {
+                () = follower.follow() => {}
+                _ = alive.changed() => {}
+            }
+        });
+        Ok(watch)
+    }
+}
+
+fn entry(range: &KeyRange, dir: &str, pair: Pair) -> Option<Entry> {
+    let key = match range {
+        KeyRange::One(key) => key.clone(),
+        KeyRange::Prefix { dir: d, .. } => {
+            restore(d, pair.key.strip_prefix(dir)?).filter(|key| !key.encoded().is_empty())?
+        }
+    };
+    Some(Entry {
+        key,
+        value: pair.value,
+        created: Revision(pair.create_index),
+        modified: Revision(pair.modify_index),
+        lease: pair.session.map(LeaseId::new),
+    })
+}
+
+/// The server's side of one watch.
+struct Follower {
+    reader: Reader,
+    range: KeyRange,
+    sender: WatchSender,
+    /// What the reader of the watch has been told.
+    known: HashMap<Key, Revision>,
+    index: u64,
+}
+
+impl Follower {
+    async fn follow(&mut self) {
+        let mut pause = Pause::default();
+        let mut interrupted = false;
+        loop {
+            let how = if self.index == 0 { How::Consistent } else { How::Blocking { index: self.index, wait: WAIT } };
+            let read = tokio::select! {
+                read = self.reader.read("watch", &self.range, how) => read,
+                () = self.sender.closed() => return,
+            };
+            match read {
+                Ok(now) if interrupted => {
+                    self.reset(now);
+                    interrupted = false;
+                    pause = Pause::default();
+                }
+                Ok(now) => self.changed(now),
+                Err(error) => {
+                    interrupted = true;
+                    // What is read next must not be waited for: the servers may have lost their data.
+                    self.index = 0;
+                    let paused = pause.after(&error);
+                    let told = self.interrupt(&error);
+                    debug_assert!(told, "an interruption always fits");
+                    tokio::select! {
+                        () = paused => {}
+                        () = self.sender.closed() => return,
+                    }
+                }
+            }
+        }
+    }
+
+    fn interrupt(&self, error: &Error) -> bool {
+        let copy = Error::new(error.kind(), "watch", error.to_string()).key(&self.range).on(crate::error::NAME);
+        self.sender.send(WatchEvent::Interrupted(copy)).is_ok()
+    }
+
+    fn reset(&mut self, now: Snapshot) {
+        self.known = now.entries.iter().map(|e| (e.key.clone(), e.modified)).collect();
+        self.index = now.revision.0.max(1);
+        // A reset is never refused.
+        self.sender.send(WatchEvent::Reset(now)).ok();
+    }
+
+    fn changed(&mut self, now: Snapshot) {
+        let same = |e: &Entry| self.known.get(&e.key) == Some(&e.modified);
+        if now.revision.0 < self.index {
+            // Old deletions were forgotten, or the data is not the same any more.
+            if now.entries.len() == self.known.len() && now.entries.iter().all(same) {
+                self.index = now.revision.0.max(1);
+            } else {
+                self.reset(now);
+            }
+            return;
+        }
+        let last = self.index;
+        self.index = next_index(last, now.revision.0);
+        if self.tell(&now, last) == Err(Lagged) {
+            self.reset(now);
+        }
+    }
+
+    fn tell(&mut self, now: &Snapshot, last: u64) -> Result<(), Lagged> {
+        let mut changed: Vec<&Entry> = Vec::new();
+        let mut same = 0;
+        for entry in &now.entries {
+            if self.known.get(&entry.key) == Some(&entry.modified) { same += 1 } else { changed.push(entry) }
+        }
+        let replaced = changed.iter().filter(|e| self.known.contains_key(&e.key)).count();
+        if same + replaced < self.known.len() {
+            let standing: std::collections::HashSet<&Key> = now.entries.iter().map(|e| &e.key).collect();
+            let gone: Vec<Key> = self.known.keys().filter(|key| !standing.contains(key)).cloned().collect();
+            for key in gone {
+                self.known.remove(&key);
+                // Later than everything the last answer showed; how much later is not told.
+                self.sender.send(WatchEvent::Delete { key, revision: Revision(last + 1) })?;
+            }
+        }
+        changed.sort_unstable_by_key(|e| e.modified);
+        for entry in changed {
+            self.known.insert(entry.key.clone(), entry.modified);
+            self.sender.send(WatchEvent::Put(entry.clone()))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,79 @@
+//! Does the conformance suite find what it is there to find? A backend with one flaw at a time is put before it.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod flawed;
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use quorate_conformance::{Clients, limit, run_case, waist_cases};
+use quorate_core::{Backend, Result};
+use quorate_memory::Memory;
+
+use crate::flawed::{Flaw, Flawed, Shared};
+
+#[derive(Debug)]
+struct FlawedClients {
+    store: Memory,
+    flaw: Option<Flaw>,
+    shared: Arc<Shared>,
+}
+
+#[async_trait]
+impl Clients for FlawedClients {
+    async fn client(&self) -> Result<Arc<dyn Backend>> {
+        Ok(Arc::new(Flawed { inner: self.store.client().into(), flaw: self.flaw, shared: self.shared.clone() }))
+    }
+
+    fn ttl(&self) -> Duration {
+        Duration::from_millis(600)
+    }
+}
+
+/// The names of the cases that fail.
+fn failures(flaw: Option<Flaw>) -> Vec<&'static str> {
+    let mut failed = Vec::new();
+    for case in waist_cases() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+        let outcome = runtime.block_on(async {
+            let clients = Arc::new(FlawedClients { store: Memory::new(), flaw, shared: Arc::default() });
+            let limit = limit(&*clients).await.unwrap();
+            run_case(case, clients, limit).await
+        });
+        if outcome.is_err() {
+            failed.push(case.name);
+        }
+    }
+    failed
+}
+
+#[test]
+fn without_a_flaw_nothing_fails() {
+    assert_eq!(failures(None), Vec::<&str>::new());
+}
+
+/// All flaws in one test: the hook that keeps their panics quiet belongs to the whole process.
+#[test]
+fn every_planted_flaw_is_found_by_the_case_that_names_the_promise() {
+    let cases: Vec<_> = waist_cases().iter().map(|case| case.name).collect();
+    let mut missed = Vec::new();
+    for (flaw, by) in flawed::PLANTED {
+        // Hundreds of expected panics need no backtrace each.
+        let hook = std::panic::take_hook();
+        std::panic::set_hook(Box::new(|_| {}));
+        let failed = failures(Some(*flaw));
+        std::panic::set_hook(hook);
+        println!("{flaw:?} fails {} cases: {failed:?}", failed.len());
+        for case in *by {
+            assert!(cases.contains(case), "there is no case {case}");
+            if !failed.contains(case) {
+                missed.push(format!("{flaw:?} is not noticed by {case}, only by {failed:?}"));
+            }
+        }
+        // A flaw that breaks everything shows nothing about the cases that name it.
+        if failed.len() > cases.len() * 2 / 3 {
+            missed.push(format!("{flaw:?} fails nearly everything: {failed:?}"));
+        }
+    }
+    assert!(missed.is_empty(), "{missed:#?}");
+}
