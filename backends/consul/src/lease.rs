@@ -44,7 +44,7 @@ pub(crate) const SERVICE: &str = "quorate-session";
 /// The smallest TTL of a lease that stands on a check.
 pub(crate) const CHECK_TTL_MIN: Duration = Duration::from_secs(1);
 /// Consul's default `session_ttl_min`.
-pub(crate) const SESSION_TTL_MIN: Duration = Duration::from_secs(10);
+const SESSION_TTL_MIN: Duration = Duration::from_secs(10);
 /// The longest TTL of a session.
 pub(crate) const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// The least that Consul accepts.
@@ -94,9 +94,9 @@ struct ServiceCheck {
 }
 
 impl Leases {
-    pub(crate) fn new(api: Arc<Api>, kind: SessionKind) -> Self {
-        let min = AtomicU64::new(millis(SESSION_TTL_MIN));
-        Self { api, kind, session_ttl_min: min, homes: Mutex::default() }
+    pub(crate) fn new(api: Arc<Api>, kind: SessionKind, session_ttl_min: Duration) -> Self {
+        let session_ttl_min = AtomicU64::new(millis(session_ttl_min));
+        Self { api, kind, session_ttl_min, homes: Mutex::default() }
     }
 
     fn homes(&self) -> MutexGuard<'_, HashMap<LeaseId, Home>> {
@@ -309,6 +309,15 @@ impl Leases {
             tokio::join!(destroy(&api, &lease), service).0.ok();
         });
     }
+}
+
+/// The smallest TTL of a session that the servers accept: they name it when they refuse a smaller one.
+pub(crate) async fn session_ttl_min(api: &Api, agent: usize) -> Result<Duration> {
+    let body = json!({ "TTL": "1ns", "Behavior": "delete", "NodeChecks": [] }).to_string().into_bytes();
+    let answer = api.put("/v1/session/create", body, Some(agent)).await;
+    let answer = answer.map_err(|f| f.into_error("connect", Effect::Read))?;
+    // A client without the right to sessions never sees the limit, nor does it meet it.
+    Ok(allowed_min(&excerpt(&answer.body)).unwrap_or(SESSION_TTL_MIN))
 }
 
 /// Registers a service with a TTL check and removes it, to learn whether the agent allows it.

@@ -24,8 +24,9 @@ use tokio::sync::watch as signal;
 use crate::{
     api::How,
     config::SessionKind,
+    connect::Sessions,
     error::NAME,
-    lease::{CHECK_TTL_MIN, Leases, SESSION_TTL_MIN, TTL_MAX},
+    lease::{CHECK_TTL_MIN, Leases, TTL_MAX},
     line::Lines,
     path::Space,
     txn::{Commits, MAX_TXN, MAX_VALUE},
@@ -56,14 +57,14 @@ impl Consul {
     /// # Cancel safety
     /// Nothing is left behind.
     pub async fn connect(config: &Config) -> Result<Self> {
-        let (api, kind) = connect::open(config).await?;
+        let (api, sessions) = connect::open(config).await?;
         let space = Arc::new(Space::new(&config.namespace));
         let lines = Arc::new(Lines::new(api.clone(), space.clone()));
         let (alive, life) = signal::channel(());
         Ok(Self {
-            profile: profile(kind, config.session_ttl),
+            profile: profile(sessions, config.session_ttl),
             reader: Reader { api: api.clone(), space: space.clone() },
-            leases: Leases::new(api.clone(), kind),
+            leases: Leases::new(api.clone(), sessions.kind, sessions.ttl_min),
             commits: Commits::new(api.clone(), space.clone()),
             waits: Waits::new(api, space, lines.clone(), life),
             lines,
@@ -72,17 +73,18 @@ impl Consul {
     }
 }
 
-fn profile(kind: SessionKind, ttl: Duration) -> Profile {
-    let (early_end, min_ttl, expiry_lag) = match kind {
+fn profile(sessions: Sessions, ttl: Duration) -> Profile {
+    let (early_end, min_ttl, expiry_lag) = match sessions.kind {
         SessionKind::Agent => (
-            "the lease's agent leaving the cluster, losing its data, or being restarted near the end of the ttl",
+            "the lease's agent leaving the cluster, losing its data, or being restarted within a second of the TTL's end",
             CHECK_TTL_MIN,
             Duration::from_secs(1),
         ),
+        // Consul ends a session at twice its TTL.
         SessionKind::Ttl => (
             "the lease's agent leaving the cluster",
-            SESSION_TTL_MIN,
-            ttl.max(SESSION_TTL_MIN) + Duration::from_secs(1),
+            sessions.ttl_min,
+            ttl.max(sessions.ttl_min) + Duration::from_secs(1),
         ),
     };
     Profile {

@@ -14,16 +14,19 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
-use quorate_core::{Dir, Enqueue, ErrorKind, Front, LeaseId, Line, Nonce, Place, Result, Revision, Ticket, TicketKind};
+use quorate_core::{
+    Dir, Enqueue, Error, ErrorKind, Front, LeaseId, Line, Nonce, Place, Result, Revision, Ticket, TicketKind,
+};
 
 use crate::{
-    api::{Api, How, Op, Pair, TxnAnswer},
+    api::{Api, How, Op, OpError, Pair, TxnAnswer},
     error::{Effect, error, session_lost},
     lease::{is_invalid_session, is_session_id},
     path::Space,
     txn::MAX_VALUE,
 };
 
+const OP: &str = "enqueue";
 /// How many lines are remembered at most.
 const REMEMBERED: usize = 4096;
 
@@ -78,7 +81,6 @@ impl Lines {
     }
 
     pub(crate) async fn enqueue(&self, entry: &Enqueue) -> Result<Option<Place>> {
-        const OP: &str = "enqueue";
         if !is_session_id(entry.lease.as_str()) {
             return Err(session_lost(OP, &entry.lease));
         }
@@ -95,33 +97,34 @@ impl Lines {
             Op::lock(&path, &entry.value, 0, entry.lease.as_str()),
             Op::get_tree(&dir),
         ];
-        let members = match self.api.txn(OP, Effect::Write, &ops).await.map_err(|e| e.key(&entry.line))? {
-            TxnAnswer::Done(mut pairs) => {
-                // The first one is what `lock` returned, and comes again in the tree.
-                pairs.drain(..1.min(pairs.len()));
-                members(&dir, pairs)
-            }
-            TxnAnswer::Refused(errors) => {
-                if !errors.iter().any(|e| e.op_index == 0) {
-                    let what = errors.into_iter().next().map_or_else(|| "no reason given".to_owned(), |e| e.what);
-                    return Err(if is_invalid_session(&what) {
-                        session_lost(OP, &entry.lease)
-                    } else if what.contains("Permission denied") {
-                        error(ErrorKind::Denied, OP, what).key(&entry.line)
-                    } else {
-                        error(ErrorKind::Unavailable, OP, what).key(&entry.line)
-                    });
+        // Twice more at most: only a ticket that is removed right after it was found there brings us back.
+        for _ in 0..3 {
+            let answer = self.api.txn(OP, Effect::Write, &ops).await.map_err(|e| e.key(&entry.line))?;
+            let (members, created) = match answer {
+                TxnAnswer::Done(mut pairs) => {
+                    // The first one is what `lock` returned, and comes again in the tree.
+                    pairs.drain(..1.min(pairs.len()));
+                    (members(&dir, pairs), true)
                 }
-                let found = self.api.list(OP, &dir, How::Consistent).await?;
-                members(&dir, found.items)
+                TxnAnswer::Refused(errors) => match errors.into_iter().next() {
+                    Some(exists) if exists.op_index == 0 => {
+                        (members(&dir, self.api.list(OP, &dir, How::Consistent).await?.items), false)
+                    }
+                    refusal => return Err(refused(entry, refusal)),
+                },
+            };
+            let ticket = Ticket { line: entry.line.clone(), name: name.clone(), kind: entry.kind };
+            let place = self.place(&dir, ticket, entry.depth, &members);
+            if place.is_some() {
+                return Ok(place);
             }
-        };
-        let ticket = Ticket { line: entry.line.clone(), name, kind: entry.kind };
-        let place = self.place(&dir, ticket, entry.depth, &members);
-        place.map(Some).ok_or_else(|| {
-            // It was there a moment ago: taken out by somebody, or the lease ended.
-            session_lost(OP, &entry.lease)
-        })
+            if created {
+                let message = "the token may write the ticket, but not read the line";
+                return Err(error(ErrorKind::Denied, OP, message).key(&entry.line));
+            }
+        }
+        let message = "the ticket was removed by others again and again";
+        Err(error(ErrorKind::Unavailable, OP, message).key(&entry.line))
     }
 
     pub(crate) async fn look(&self, ticket: &Ticket, depth: usize) -> Result<Option<Place>> {
@@ -224,6 +227,16 @@ impl Lines {
         let ahead = line.order.range(..(token, name)).rev().map(|(_, name)| name.clone()).collect();
         Some(Remembered { token, ahead })
     }
+}
+
+/// The error for a transaction that did not create the ticket.
+fn refused(entry: &Enqueue, refusal: Option<OpError>) -> Error {
+    let what = refusal.map_or_else(|| "Consul refused without a reason".to_owned(), |e| e.what);
+    if is_invalid_session(&what) {
+        return session_lost(OP, &entry.lease);
+    }
+    let kind = if what.contains("Permission denied") { ErrorKind::Denied } else { ErrorKind::Unavailable };
+    error(kind, OP, what).key(&entry.line)
 }
 
 /// The tickets of a line in their order.

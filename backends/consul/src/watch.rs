@@ -6,7 +6,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use quorate_core::{
-    Entry, Error, Key, KeyRange, LeaseId, Result, Revision, Snapshot, Watch, WatchEvent, WatchSender,
+    Entry, Key, KeyRange, LeaseId, Result, Revision, Snapshot, Watch, WatchEvent, WatchSender,
     watch::{Lagged, WATCH_CAPACITY, channel},
 };
 use tokio::sync::watch as signal;
@@ -90,9 +90,8 @@ impl Follower {
         let mut pause = Pause::default();
         let mut interrupted = false;
         loop {
-            let how = if self.index == 0 { How::Consistent } else { How::Blocking { index: self.index, wait: WAIT } };
             let read = tokio::select! {
-                read = self.reader.read("watch", &self.range, how) => read,
+                read = self.reader.read("watch", &self.range, How::since(self.index, WAIT)) => read,
                 () = self.sender.closed() => return,
             };
             match read {
@@ -106,21 +105,16 @@ impl Follower {
                     interrupted = true;
                     // What is read next must not be waited for: the servers may have lost their data.
                     self.index = 0;
-                    let paused = pause.after(&error);
-                    let told = self.interrupt(&error);
-                    debug_assert!(told, "an interruption always fits");
+                    tracing::debug!(%error, "a watch is interrupted and will be made again");
+                    // An interruption always fits.
+                    self.sender.send(WatchEvent::Interrupted(error)).ok();
                     tokio::select! {
-                        () = paused => {}
+                        () = pause.sleep() => {}
                         () = self.sender.closed() => return,
                     }
                 }
             }
         }
-    }
-
-    fn interrupt(&self, error: &Error) -> bool {
-        let copy = Error::new(error.kind(), "watch", error.to_string()).key(&self.range).on(crate::error::NAME);
-        self.sender.send(WatchEvent::Interrupted(copy)).is_ok()
     }
 
     fn reset(&mut self, now: Snapshot) {
