@@ -57,7 +57,9 @@ enum Backend {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     if cfg!(debug_assertions) {
-        eprintln!("error: the dev profile is several times slower than what users run; measure with `cargo run --release`");
+        eprintln!(
+            "error: the dev profile is several times slower than what users run; measure with `cargo run --release`"
+        );
         return ExitCode::FAILURE;
     }
     let backends = if cli.backends.is_empty() { Backend::value_variants().to_vec() } else { cli.backends };

@@ -63,7 +63,9 @@ impl Row {
         let word = |met| if met { "met" } else { "missed" };
         match (self.target, self.ratio, self.ours) {
             (Target::RatioAtMost(limit), Some((ratio, _)), _) => (format!("≤ {limit}"), word(ratio <= limit)),
-            (Target::AtLeast(limit), _, Figure::Rate(rate)) => (format!("≥ {}/s", thousands(limit)), word(rate >= limit)),
+            (Target::AtLeast(limit), _, Figure::Rate(rate)) => {
+                (format!("≥ {}/s", thousands(limit)), word(rate >= limit))
+            }
             _ => (String::new(), ""),
         }
     }

@@ -77,13 +77,14 @@ pub(crate) struct Spread(Vec<f64>);
 impl Spread {
     pub(crate) fn add(&mut self, figure: f64) {
         self.0.push(figure);
-        self.0.sort_by(f64::total_cmp);
     }
 
     /// The figure below which this part of all lies; 0.5 is the median. Zero if there is none.
     pub(crate) fn at(&self, part: f64) -> f64 {
-        let last = self.0.len().saturating_sub(1) as f64;
-        self.0.get((last * part).round() as usize).copied().unwrap_or_default()
+        let mut sorted = self.0.clone();
+        sorted.sort_by(f64::total_cmp);
+        let last = sorted.len().saturating_sub(1) as f64;
+        sorted.get((last * part).round() as usize).copied().unwrap_or_default()
     }
 }
 

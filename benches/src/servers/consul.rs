@@ -75,10 +75,10 @@ impl Http {
         Self { client, base: format!("http://{}", server.addr()) }
     }
 
-    async fn send(&self, method: Method, path: &str, body: &'static str) -> Outcome<Answer> {
+    async fn send(&self, method: Method, path: &str, body: impl Into<Bytes>) -> Outcome<Answer> {
         let failed = |e: &dyn std::fmt::Display| format!("consul, raw {method} {path}: {e}");
         let request = Request::builder().method(method.clone()).uri(format!("{}{path}", self.base));
-        let request = request.body(Full::from(body)).map_err(|e| failed(&e))?;
+        let request = request.body(Full::new(body.into())).map_err(|e| failed(&e))?;
         let answer = self.client.request(request).await.map_err(|e| failed(&e))?;
         let (head, body) = answer.into_parts();
         let body = body.collect().await.map_err(|e| failed(&e))?.to_bytes();
@@ -126,7 +126,8 @@ impl Round for PutAndQuery {
             let answer = listener.send(Method::GET, &format!("{ROUND}?index={index}&wait=30s"), "").await?;
             if answer.index > index { Ok(answer.index) } else { Err("consul, raw: the query has timed out".to_owned()) }
         };
-        let put = async { self.writer.send(Method::PUT, ROUND, VALUE).await.map(drop) };
+        // Each value is another one: a write that changes nothing moves no index, and nobody would hear of it.
+        let put = async { self.writer.send(Method::PUT, ROUND, format!("{VALUE}{index:020}")).await.map(drop) };
         let (index, time) = timed(heard, pause(settle), put).await?;
         self.index = index;
         Ok(time)

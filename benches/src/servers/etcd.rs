@@ -47,7 +47,10 @@ impl Contest for Etcd {
             return Err("etcd, raw watch: not confirmed".to_owned());
         }
         let pair = Transactions { kv: one.kv_client(), lease };
-        Ok(Raw { pair: std::sync::Arc::new(pair), round: Box::new(PutAndWatch { kv: one.kv_client(), watch: Some(watch) }) })
+        Ok(Raw {
+            pair: std::sync::Arc::new(pair),
+            round: Box::new(PutAndWatch { kv: one.kv_client(), watch: Some(watch) }),
+        })
     }
 }
 

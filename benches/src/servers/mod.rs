@@ -3,9 +3,9 @@
 //! Promise: both sides run in one process, on one runtime and on one server, with connections of the same kind; the
 //! raw side is written as its library's users would write it, with no step that quorate needs and it does not.
 
-mod contended;
 #[cfg(feature = "consul")]
 mod consul;
+mod contended;
 #[cfg(feature = "etcd")]
 mod etcd;
 mod hand_off;

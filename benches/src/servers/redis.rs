@@ -20,7 +20,8 @@ use super::{
 use crate::Outcome;
 
 const ROUND: &str = "raw/round";
-const COMPARE_AND_DELETE: &str = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end return 0";
+const COMPARE_AND_DELETE: &str =
+    "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end return 0";
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Redis;
