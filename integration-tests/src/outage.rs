@@ -208,9 +208,9 @@ async fn a_holder_that_hears_nothing_is_invalid_before_the_next_is_granted(site:
     let holder = connect(&through).await;
     let guard = holder.lock("job").acquire().await.expect("granted");
     // Requests still arrive, and renew; replies do not. Later nothing arrives.
-    proxy.blackhole(Direction::ServerToClient);
+    proxy.blackhole(Direction::ToClient);
     sleep(site.ttl() / 2).await;
-    proxy.blackhole(Direction::ClientToServer);
+    proxy.blackhole(Direction::ToServer);
     let limit = site.ttl() * 3 + next.profile().expiry_lag + RECOVERY;
     let granted = timeout(limit, next.lock("job").acquire()).await.expect("granted in time").expect("granted");
     assert!(!guard.is_held(), "two guards are valid");
@@ -223,7 +223,7 @@ async fn a_write_whose_reply_is_lost_is_ambiguous(site: Arc<Site>) {
     let (proxy, through) = proxied(&site, &config).await;
     let coord = connect(&through).await;
     coord.kv().put("k", "before").await.expect("put");
-    proxy.blackhole(Direction::ServerToClient);
+    proxy.blackhole(Direction::ToClient);
     let error = coord.kv().put("k", "after").await.expect_err("no reply arrives");
     assert_eq!(error.kind(), ErrorKind::Ambiguous, "{error}");
     assert!(error.to_string().contains("may have happened"), "{error}");
@@ -240,7 +240,7 @@ async fn an_acquire_whose_reply_is_lost_leaves_no_second_ticket(site: Arc<Site>)
     let (proxy, through) = proxied(&site, &config).await;
     let coord = connect(&through).await;
     coord.lock("job").acquire().await.expect("granted").release().await.expect("released");
-    proxy.blackhole(Direction::ServerToClient);
+    proxy.blackhole(Direction::ToClient);
     let lock = coord.lock("job");
     let acquiring = tokio::spawn(async move { lock.acquire().await });
     while direct.lock("job").status().await.expect("a look").holder.is_none() {

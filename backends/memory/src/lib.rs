@@ -82,6 +82,7 @@ const PROFILE: Profile = Profile {
     expiry_lag: Duration::ZERO,
     max_value: MAX_VALUE,
     max_txn: MAX_TXN,
+    txn_leases: MAX_TXN,
 };
 
 /// The named stores of this process. A store is kept alive by its clients only.

@@ -90,6 +90,7 @@ fn profile(options: &Options) -> Profile {
         expiry_lag: Duration::from_millis(500),
         max_value: txn::MAX_VALUE,
         max_txn: txn::MAX_TXN,
+        txn_leases: txn::MAX_TXN,
     }
 }
 
