@@ -367,6 +367,8 @@ pub struct Profile {
     pub max_value: usize,
     /// The largest number of checks and writes in one transaction.
     pub max_txn: usize,
+    /// On how many different leases the keys that one transaction puts may stand.
+    pub txn_leases: usize,
 }
 
 impl fmt::Display for Txn {

@@ -4,8 +4,7 @@ use std::future::Future;
 
 use quorate_testkit::install::missing;
 use quorate_testkit::servers::{
-    Consul, ConsulOptions, Error, Etcd, EtcdOptions, Redis, RedisOptions, ZooKeeper,
-    ZooKeeperOptions,
+    Consul, ConsulOptions, Error, Etcd, EtcdOptions, Redis, RedisOptions, ZooKeeper, ZooKeeperOptions,
 };
 use tokio::time::Instant;
 

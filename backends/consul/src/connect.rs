@@ -6,7 +6,7 @@
 use std::{sync::Arc, time::Duration};
 
 use hyper::StatusCode;
-use quorate_core::{Config, Error, ErrorKind, Result};
+use quorate_core::{Config, ErrorKind, Result};
 use tokio::time::{Instant, timeout};
 
 use crate::{
@@ -49,8 +49,8 @@ pub(crate) async fn open(config: &Config) -> Result<(Arc<Api>, Sessions)> {
         }
     }
     let endpoints: Vec<&str> = (0..settings.agents.len()).map(|i| api.http.label(i)).collect();
-    let last = last.map(|e: Error| e.to_string()).unwrap_or_default();
-    Err(error(ErrorKind::Unavailable, OP, format!("none of {endpoints:?} serves; the last one: {last}")))
+    let last = last.unwrap_or_else(|| error(ErrorKind::Unavailable, OP, "there was no time to try"));
+    Err(last.key(endpoints.join(", ")))
 }
 
 async fn prove(api: &Arc<Api>, agent: usize) -> Result<Sessions> {

@@ -111,6 +111,7 @@ impl Http {
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
+            .pool_max_idle_per_host(settings.connections)
             .build(connector);
         let health = Endpoints::new(settings.agents.len());
         let current = watch::Sender::new(health.pick());

@@ -76,13 +76,14 @@ impl Consul {
 fn profile(sessions: Sessions, ttl: Duration) -> Profile {
     let (early_end, min_ttl, expiry_lag) = match sessions.kind {
         SessionKind::Agent => (
-            "the lease's agent leaving the cluster, losing its data, or being restarted within a second of the TTL's end",
+            "the lease's agent leaving or losing its data, restarting within a second of the TTL's end, or, if it is a \
+             Consul server, dying or being cut off",
             CHECK_TTL_MIN,
             Duration::from_secs(1),
         ),
         // Consul ends a session at twice its TTL.
         SessionKind::Ttl => (
-            "the lease's agent leaving the cluster",
+            "the lease's agent leaving or, if it is a Consul server, dying or being cut off",
             sessions.ttl_min,
             ttl.max(sessions.ttl_min) + Duration::from_secs(1),
         ),
@@ -99,6 +100,7 @@ fn profile(sessions: Sessions, ttl: Duration) -> Profile {
         expiry_lag,
         max_value: MAX_VALUE,
         max_txn: MAX_TXN,
+        txn_leases: MAX_TXN,
     }
 }
 

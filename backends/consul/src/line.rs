@@ -22,7 +22,7 @@ use crate::{
     api::{Api, How, Op, OpError, Pair, TxnAnswer},
     error::{Effect, error, session_lost},
     lease::{is_invalid_session, is_session_id},
-    path::Space,
+    path::{Space, is_plain},
     txn::MAX_VALUE,
 };
 
@@ -207,6 +207,11 @@ impl Lines {
         };
         let ahead = members[..at].iter().rev().take(depth.max(1));
         let ahead = ahead.map(|(_, name)| named(&ticket.line, name.clone())).collect();
+        let place = Place { token: Revision(members[at].0), ticket, ahead };
+        // A name that no URL can carry cannot be asked for alone: such a ticket is always looked up in full.
+        if !place.ticket.name.chars().all(is_plain) {
+            return Some(place);
+        }
         let mut memory = self.memory();
         if memory.len() >= REMEMBERED && !memory.contains_key(dir) {
             memory.clear();
@@ -215,8 +220,8 @@ impl Lines {
         for (index, name) in &members[..=at] {
             line.add(*index, name);
         }
-        line.mine.insert(ticket.name.clone());
-        Some(Place { ticket, token: Revision(members[at].0), ahead })
+        line.mine.insert(place.ticket.name.clone());
+        Some(place)
     }
 
     fn remembered(&self, dir: &str, name: &str) -> Option<Remembered> {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use quorate_core::{Backend, Config, ErrorKind, Result, Tls};
 use quorate_redis::Redis;
 use quorate_testkit::{
-    servers::{Credentials, redis::RedisOptions},
+    servers::{Credentials, RedisOptions},
     tls::TlsFiles,
 };
 use support::*;
@@ -38,9 +38,30 @@ async fn a_wrong_or_missing_password_is_denied_and_never_shown() {
 
 /// The permissions that the crate's documentation asks for.
 const RULES: &[&str] = &[
-    "resetkeys", "~{quorate/t}:*", "resetchannels", "&{quorate/t}:*", "nocommands", "+@connection", "+evalsha",
-    "+script|load", "+subscribe", "+unsubscribe", "+publish", "+time", "+hget", "+hmget", "+hset", "+hsetnx", "+hdel",
-    "+hexists", "+zadd", "+zrem", "+zscore", "+zrangebyscore", "+zrangebylex", "+zrevrangebylex",
+    "resetkeys",
+    "~{quorate/t}:*",
+    "resetchannels",
+    "&{quorate/t}:*",
+    "nocommands",
+    "+@connection",
+    "+evalsha",
+    "+script|load",
+    "+subscribe",
+    "+unsubscribe",
+    "+publish",
+    "+time",
+    "+hget",
+    "+hmget",
+    "+hset",
+    "+hsetnx",
+    "+hdel",
+    "+hexists",
+    "+zadd",
+    "+zrem",
+    "+zscore",
+    "+zrangebyscore",
+    "+zrangebylex",
+    "+zrevrangebylex",
 ];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -103,7 +124,10 @@ async fn tls_with_an_own_ca_and_a_client_certificate_works_and_without_them_does
         ("no client certificate", Tls { cert: None, key: None, ..full.clone() }),
         ("another CA", Tls { ca: Some(strange.ca()), ..full.clone() }),
         ("the system's roots", Tls { ca: None, ..full.clone() }),
-        ("a stranger's certificate", Tls { cert: Some(strange.client_cert()), key: Some(strange.client_key()), ..full.clone() }),
+        (
+            "a stranger's certificate",
+            Tls { cert: Some(strange.client_cert()), key: Some(strange.client_key()), ..full.clone() },
+        ),
     ] {
         let e = refused(&config(tls)).await;
         assert_eq!(e.kind(), ErrorKind::Unavailable, "{what}: {e}");

@@ -73,9 +73,9 @@ async fn one_release_wakes_one_of_two_hundred_waiters_with_one_message() {
         }
     })
     .await;
-    for released in 0..5 {
+    for (released, place) in order.iter().enumerate().take(5) {
         let before = (raw.calls("publish").await, raw.calls("evalsha").await);
-        assert!(holder.commit(&release(&order[released])).await.unwrap().applied);
+        assert!(holder.commit(&release(place)).await.unwrap().applied);
         let woken = soon("the next waiter wakes", waiting.join_next()).await.unwrap().unwrap();
         assert_eq!(woken, released, "the one behind, and no other");
         assert_eq!(raw.calls("publish").await, before.0 + 1, "one message");
@@ -133,7 +133,12 @@ async fn lock_traffic_leaves_nothing_behind() {
             b.revoke(&lease).await.unwrap();
         });
     }
-    soon("all tasks end", async { while let Some(task) = tasks.join_next().await { task.unwrap() } }).await;
+    soon("all tasks end", async {
+        while let Some(task) = tasks.join_next().await {
+            task.unwrap();
+        }
+    })
+    .await;
     let channels: Vec<String> = raw.ask(&["PUBSUB", "CHANNELS"]).await;
     assert_eq!(channels.len(), clients.len(), "one channel per client: {channels:?}");
     assert_eq!(raw.ask::<Vec<String>>(&["HKEYS", "{quorate/test}:h"]).await, ["rev"]);

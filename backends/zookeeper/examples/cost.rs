@@ -55,10 +55,7 @@ async fn join(backend: &ZooKeeper, line: &Dir, lease: &LeaseId) -> Result<Place>
 
 fn release(place: &Place) -> Txn {
     let (ticket, token) = (place.ticket.clone(), place.token);
-    Txn {
-        checks: vec![Check::Standing { ticket: ticket.clone(), token }],
-        writes: vec![Write::Leave(ticket)],
-    }
+    Txn { checks: vec![Check::Standing { ticket: ticket.clone(), token }], writes: vec![Write::Leave(ticket)] }
 }
 
 #[tokio::main]

@@ -143,6 +143,7 @@ fn profile(min_ttl: Duration, max_ttl: Duration) -> Profile {
         expiry_lag: min_ttl + Duration::from_millis(500),
         max_value: 1024 * 1024 - 16 * 1024,
         max_txn: 64,
+        txn_leases: 1,
     }
 }
 

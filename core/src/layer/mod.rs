@@ -82,6 +82,12 @@ impl Verb {
     }
 }
 
+impl fmt::Display for Verb {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 /// One call, as a layer sees it.
 #[derive(Clone, Copy)]
 pub struct Op<'a> {

@@ -20,10 +20,7 @@ fn python_package_is_installed_once_and_found_again() -> Outcome {
         let code = "import kazoo; print(kazoo.__file__)";
         let output = python.command().args(["-c", code]).output()?;
         let file = String::from_utf8(output.stdout)?;
-        assert!(
-            file.starts_with(&dir.path().display().to_string()),
-            "{file}"
-        );
+        assert!(file.starts_with(&dir.path().display().to_string()), "{file}");
     }
     Ok(())
 }

@@ -1,16 +1,17 @@
 //! What the tests share: a raw connection to look at the server with, and the verbs with their usual arguments.
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(clippy::unwrap_used, reason = "a helper of a test fails like the test")]
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use quorate_core::{
-    Backend, Check, Config, Dir, Enqueue, Key, KeyRange, LeaseId, Nonce, Place, Snapshot, Ticket, TicketKind, Txn,
-    Watch, WatchEvent, Write,
+    Backend, Check, Config, Dir, Enqueue, ErrorKind, Key, KeyRange, LeaseId, Nonce, Place, Snapshot, Ticket,
+    TicketKind, Txn, Watch, WatchEvent, Write,
 };
 use quorate_redis::Redis;
-use quorate_testkit::servers::{Server, redis::RedisOptions};
+use quorate_testkit::servers::{Redis as Servers, RedisOptions, Server};
 use redis::aio::MultiplexedConnection;
 use tokio::time::timeout;
 
@@ -22,7 +23,7 @@ pub(crate) async fn server() -> Server {
 }
 
 pub(crate) async fn started(options: RedisOptions) -> Server {
-    quorate_testkit::servers::redis::Redis::start(options).await.expect("a Redis server starts")
+    Servers::start(options).await.expect("a Redis server starts")
 }
 
 pub(crate) fn config(addr: SocketAddr, rest: &str) -> Config {
@@ -125,28 +126,26 @@ pub(crate) async fn event(watch: &mut Watch) -> WatchEvent {
     soon("an event of the watch", watch.next()).await.expect("the watch goes on")
 }
 
-/// The next `Reset`, past whatever comes before it; whether an `Interrupted` came.
-pub(crate) async fn reset(watch: &mut Watch) -> (Snapshot, bool) {
-    let mut interrupted = false;
+/// The next `Reset`, past whatever comes before it.
+pub(crate) async fn reset(watch: &mut Watch) -> Snapshot {
     loop {
-        match event(watch).await {
-            WatchEvent::Reset(snapshot) => return (snapshot, interrupted),
-            WatchEvent::Interrupted(_) => interrupted = true,
-            WatchEvent::Put(_) | WatchEvent::Delete { .. } => {}
+        if let WatchEvent::Reset(snapshot) = event(watch).await {
+            return snapshot;
         }
     }
 }
 
-/// Repeats a call for as long as it says that nothing was applied, as the retry layer does.
+/// Repeats an idempotent call until it is answered, as the retry layer does.
 pub(crate) async fn persist<T, F: Future<Output = quorate_core::Result<T>>>(mut call: impl FnMut() -> F) -> T {
     let started = tokio::time::Instant::now();
     loop {
         match call().await {
             Ok(value) => return value,
-            Err(e) if e.kind() == quorate_core::ErrorKind::Unavailable && started.elapsed() < SOON => {
+            Err(e) => {
+                assert!(matches!(e.kind(), ErrorKind::Unavailable | ErrorKind::Ambiguous), "{e:?}");
+                assert!(started.elapsed() < SOON, "{e:?}");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
-            Err(e) => panic!("{e:?}"),
         }
     }
 }
