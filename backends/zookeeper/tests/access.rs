@@ -46,10 +46,7 @@ async fn a_refusal_in_the_middle_is_denied_and_ends_a_watch() {
     commit(&backend, [], [put(&key("a"), "1")]).await.unwrap();
     let admin = zookeeper_client::Client::connect(&server.addr().to_string()).await.unwrap();
     admin.auth("digest", b"admin:x").await.unwrap();
-    let only_me = [zookeeper_client::Acl::new(
-        zookeeper_client::Permission::ALL,
-        zookeeper_client::AuthId::authed(),
-    )];
+    let only_me = [zookeeper_client::Acl::new(zookeeper_client::Permission::ALL, zookeeper_client::AuthId::authed())];
     for path in ["/tests/kv", "/tests/kv/a"] {
         admin.set_acl(path, &only_me, None).await.unwrap();
     }

@@ -87,9 +87,13 @@ async fn single_writes_are_one_round_trip_each() {
 async fn fenced_and_conditional_writes_are_one_round_trip_each() {
     let Stage { proxy, backend, lease, server } = &stage().await;
     let place = join(backend, &line("fence"), &lease.id).await;
-    let fenced = turns(proxy, async || (), async |()| {
-        assert!(commit(backend, [standing(&place)], [put(&key("fenced"), "1")]).await.unwrap().applied);
-    });
+    let fenced = turns(
+        proxy,
+        async || (),
+        async |()| {
+            assert!(commit(backend, [standing(&place)], [put(&key("fenced"), "1")]).await.unwrap().applied);
+        },
+    );
     assert_eq!(fenced.await, 1, "a fenced put");
     let other = client(server).await;
     let read = async || {
@@ -107,10 +111,14 @@ async fn fenced_and_conditional_writes_are_one_round_trip_each() {
         assert!(commit(backend, [check], [Write::Delete(key("shared"))]).await.unwrap().applied);
     });
     assert_eq!(deleted.await, 1, "a compare-and-delete after a read");
-    let both = turns(proxy, async || (), async |()| {
-        let writes = [put(&key("x"), "1"), put(&key("y"), "1")];
-        assert!(commit(backend, [], writes).await.unwrap().applied);
-    });
+    let both = turns(
+        proxy,
+        async || (),
+        async |()| {
+            let writes = [put(&key("x"), "1"), put(&key("y"), "1")];
+            assert!(commit(backend, [], writes).await.unwrap().applied);
+        },
+    );
     assert_eq!(both.await, 2, "a look and a multi");
     let one = turns(proxy, async || (), async |()| forget(get(backend, &key("shared")).await)).await;
     assert_eq!(one, 1, "sync and read travel together");

@@ -46,8 +46,14 @@ impl Foreign {
 
     async fn curator(server: &quorate_testkit::servers::Server) -> Self {
         const NEEDED: [&str; 8] = [
-            "curator-recipes", "curator-framework", "curator-client", "guava", "zookeeper", "zookeeper-jute",
-            "slf4j-api", "slf4j-nop",
+            "curator-recipes",
+            "curator-framework",
+            "curator-client",
+            "guava",
+            "zookeeper",
+            "zookeeper-jute",
+            "slf4j-api",
+            "slf4j-nop",
         ];
         let jar = |name: &str| Path::new("/usr/share/java").join(format!("{name}.jar"));
         for name in NEEDED {
@@ -91,10 +97,7 @@ async fn they_and_we_take_turns(server: &quorate_testkit::servers::Server, mut t
     let ours = join(&backend, &line("jobs"), &lease.id).await;
     assert_eq!(ours.ahead, []);
     they.order("acquire /tests/lock/jobs").await;
-    until("they stand in line", PATIENCE, async || {
-        backend.line(&line("jobs")).await.unwrap().tickets.len() == 2
-    })
-    .await;
+    until("they stand in line", PATIENCE, async || backend.line(&line("jobs")).await.unwrap().tickets.len() == 2).await;
     they.is_silent().await;
     let theirs = backend.line(&line("jobs")).await.unwrap().tickets[1].clone();
     assert_eq!(theirs.kind, TicketKind::Lock);
