@@ -66,13 +66,17 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let lease = backend.grant(Duration::from_secs(30)).await?.id;
     let mut keep = Keep(Instant::now());
     let line = Dir::new(["lock", "cost"])?;
-    join(&backend, &line, &lease).await?;
+    backend.commit(&release(&join(&backend, &line, &lease).await?)).await?;
+
+    let busy = Dir::new(["lock", "busy"])?;
+    join(&backend, &busy, &lease).await?;
+    backend.commit(&release(&join(&backend, &line, &lease).await?)).await?;
 
     let raw = Client::connector().connect(&config.endpoints.join(",")).await?;
     let acls = CreateMode::EphemeralSequential.with_acls(Acls::anyone_all());
     let dir = format!("/{}/lock/cost", config.namespace);
     let path = format!("{dir}/_c_01234567-89ab-cdef-0123-456789abcdef-lock-");
-    let mut times: [Times; 9] = Default::default();
+    let mut times: [Times; 11] = Default::default();
     let kv = Dir::new(["kv"])?;
     let (key, fenced) = (Key::new(&kv, "plain")?, Key::new(&kv, "fenced")?);
     let put = |key: &Key| Write::Put { key: key.clone(), value: "value".into(), lease: None };
@@ -100,6 +104,15 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
         times[3].0.push(t.elapsed());
 
         let t = Instant::now();
+        let place = join(&backend, &busy, &lease).await?;
+        times[9].0.push(t.elapsed());
+        backend.commit(&release(&place)).await?;
+        let t = Instant::now();
+        let (_, sequence) = raw.create(&path, b"owner", &acls).await?;
+        times[10].0.push(t.elapsed());
+        raw.delete(&format!("{path}{sequence}"), None).await?;
+
+        let t = Instant::now();
         raw.set_data(&plain, b"value", None).await?;
         times[4].0.push(t.elapsed());
         let t = Instant::now();
@@ -120,13 +133,15 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let names = [
         "raw: create + list, together",
         "raw: delete",
-        "enqueue",
+        "enqueue, line empty",
         "release",
         "raw: set",
         "put",
         "read (sync + generation + get)",
         "compare-and-swap after a read",
         "fenced put",
+        "enqueue, line occupied",
+        "raw: create",
     ];
     for (times, name) in times.into_iter().zip(names) {
         times.show(name);

@@ -23,7 +23,7 @@ use crate::{
     connect::Conn,
     error::{Call, NAME},
     layout::Layout,
-    line::make_nodes,
+    join::make_nodes,
 };
 
 /// A lease that is open here.

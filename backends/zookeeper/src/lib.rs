@@ -36,6 +36,7 @@
 mod config;
 mod connect;
 mod error;
+mod join;
 mod layout;
 mod lease;
 mod line;
@@ -44,6 +45,7 @@ mod plan;
 mod read;
 mod seen;
 mod ticket;
+mod tickets;
 mod txn;
 mod watch;
 
@@ -78,7 +80,7 @@ struct Inner {
     profile: Profile,
     base: Base,
     leases: lease::Leases,
-    tickets: line::Tickets,
+    tickets: tickets::Tickets,
     seen: seen::Seen,
 }
 
@@ -115,7 +117,7 @@ impl ZooKeeper {
             profile: profile(min_ttl, max_ttl),
             base,
             leases: lease::Leases::default(),
-            tickets: line::Tickets::default(),
+            tickets: tickets::Tickets::default(),
             seen: seen::Seen::default(),
         });
         Ok(Self { inner, keeper: tokio::spawn(keeping) })
@@ -210,7 +212,7 @@ impl Backend for ZooKeeper {
     }
 
     async fn enqueue(&self, entry: &Enqueue) -> Result<Option<Place>> {
-        line::enqueue(&self.inner, entry).await.map(Some)
+        join::enqueue(&self.inner, entry).await
     }
 
     async fn look(&self, ticket: &Ticket, depth: usize) -> Result<Option<Place>> {

@@ -22,7 +22,7 @@ use crate::{
     connect::Conn,
     error::Call,
     layout::Layout,
-    line::make_nodes,
+    join::make_nodes,
     multi::{Multi, Refused},
     plan, revision,
     seen::Known,
@@ -54,6 +54,10 @@ pub(crate) fn applied(revision: Revision) -> Commit {
 
 pub(crate) fn not_applied(culprit: usize) -> Commit {
     Commit { applied: false, revision: Revision(0), culprit: Some(culprit) }
+}
+
+pub(crate) fn key_mode(leased: bool) -> zk::CreateMode {
+    if leased { zk::CreateMode::Ephemeral } else { zk::CreateMode::Persistent }
 }
 
 pub(crate) async fn commit(inner: &Inner, txn: &Txn) -> Result<Commit> {
@@ -296,7 +300,7 @@ impl Work<'_> {
             if let Some(ticket) = ticket {
                 multi.check(ticket, -1);
             }
-            let create = multi.create(path, value, leased);
+            let create = multi.create(path, value, key_mode(leased));
             multi.set(&generation, b"", -1);
             let refused = match multi.commit(&self.call).await? {
                 Ok(done) => {
