@@ -273,4 +273,3 @@ pub(crate) fn make_nodes(inner: &Inner, client: &zk::Client, path: &str) {
         drop(client.create(node, b"", &container));
     }
 }
-

@@ -22,8 +22,8 @@ use crate::{
     Inner, connect,
     connect::Conn,
     error::{Call, NAME},
-    layout::Layout,
     join::make_nodes,
+    layout::Layout,
 };
 
 /// A lease that is open here.

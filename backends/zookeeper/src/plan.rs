@@ -10,8 +10,8 @@ use quorate_core::{Check, Commit, Key, Result, Revision, Ticket, Write};
 use zookeeper_client as zk;
 
 use crate::{
-    layout::Layout,
     join::make_nodes,
+    layout::Layout,
     multi::{Multi, Refused},
     revision,
     seen::Known,

@@ -55,10 +55,14 @@ async fn standing_in_line_looking_and_leaving_are_one_round_trip_each() {
         assert_eq!(join(backend, &line("b"), &lease.id).await.ahead, []);
     });
     assert_eq!(claimed.await, 1, "a line that was empty when last seen");
-    let asked = turns(proxy, async || (), async |()| {
-        let entry = quorate_core::Enqueue { when_free: true, ..entry(&line("a"), &lease.id) };
-        assert_eq!(backend.enqueue(&entry).await.unwrap(), None);
-    });
+    let asked = turns(
+        proxy,
+        async || (),
+        async |()| {
+            let entry = quorate_core::Enqueue { when_free: true, ..entry(&line("a"), &lease.id) };
+            assert_eq!(backend.enqueue(&entry).await.unwrap(), None);
+        },
+    );
     assert!(asked.await <= 2, "sync and list, and nothing written");
     let place = async || join(backend, &line("a"), &lease.id).await;
     let looked = turns(proxy, place, async |place| {
@@ -102,9 +106,13 @@ async fn single_writes_are_one_round_trip_each() {
 async fn fenced_and_conditional_writes_are_one_round_trip_each() {
     let Stage { proxy, backend, lease, server } = &stage().await;
     let place = join(backend, &line("fence"), &lease.id).await;
-    let fenced = turns(proxy, async || (), async |()| {
-        assert!(commit(backend, [standing(&place)], [put(&key("fenced"), "1")]).await.unwrap().applied);
-    });
+    let fenced = turns(
+        proxy,
+        async || (),
+        async |()| {
+            assert!(commit(backend, [standing(&place)], [put(&key("fenced"), "1")]).await.unwrap().applied);
+        },
+    );
     assert_eq!(fenced.await, 1, "a fenced put");
     let other = client(server).await;
     let read = async || {
@@ -122,10 +130,14 @@ async fn fenced_and_conditional_writes_are_one_round_trip_each() {
         assert!(commit(backend, [check], [Write::Delete(key("shared"))]).await.unwrap().applied);
     });
     assert_eq!(deleted.await, 1, "a compare-and-delete after a read");
-    let both = turns(proxy, async || (), async |()| {
-        let writes = [put(&key("x"), "1"), put(&key("y"), "1")];
-        assert!(commit(backend, [], writes).await.unwrap().applied);
-    });
+    let both = turns(
+        proxy,
+        async || (),
+        async |()| {
+            let writes = [put(&key("x"), "1"), put(&key("y"), "1")];
+            assert!(commit(backend, [], writes).await.unwrap().applied);
+        },
+    );
     // Two waits, and one more on the wire where the first of several requests travels alone (see above).
     let both = both.await;
     assert!(both <= 3, "a look and a multi: {both}");
