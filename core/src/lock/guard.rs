@@ -160,8 +160,8 @@ impl Drop for LockGuard {
             if let Some(entry) = self.hold.unsure.clone() {
                 core.debts.owe(Debt::Later(entry));
             }
+            core.unhold(&self.hold);
         }
-        core.unhold(&self.hold);
     }
 }
 

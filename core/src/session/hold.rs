@@ -147,6 +147,7 @@ pub(super) async fn guard(core: Arc<SessionCore>, hold: Arc<Hold>) {
         match core.backend.look(&hold.ticket, 0).await {
             Ok(None) => {
                 if hold.finish(LOST) {
+                    core.unhold(&hold);
                     tracing::warn!(ticket = %hold.ticket, "a held ticket was removed by somebody else");
                 }
                 return;
