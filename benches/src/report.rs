@@ -110,7 +110,7 @@ pub(crate) fn headline(budget: &Budget) {
     let load = load.and_then(|text| text.split_whitespace().next()?.parse::<f64>().ok());
     println!("quorate beside raw clients: one server each on loopback, {cpus} CPUs shared by server and clients");
     let latency = budget.latency;
-    println!("release profile; both sides take turns in blocks, {latency:?} for each pair of sides");
+    println!("release profile; both sides take turns in blocks, {latency:?} for each measure");
     if let Some(load) = load.filter(|load| *load > 0.5) {
         println!("the machine is busy with something else (load {load:.1}): these figures are rough");
     }

@@ -102,9 +102,9 @@ async fn lateness(config: &Config) -> Result<(), Box<dyn std::error::Error>> {
             while !matches!(watch.next().await, Some(WatchEvent::Delete { .. })) {}
             Instant::now()
         };
-        let (gone, seen) = futures_util::future::join(live.gone(&ticket), seen).await;
-        gone?;
-        waits.push(Instant::now().saturating_duration_since(end));
+        let gone = async { live.gone(&ticket).await.map(|()| Instant::now()) };
+        let (gone, seen) = futures_util::future::join(gone, seen).await;
+        waits.push(gone?.saturating_duration_since(end));
         watches.push(seen.saturating_duration_since(end));
     }
     report("end of a lease, seen by a waiter after", waits);

@@ -22,7 +22,7 @@
 //!
 //! ```text
 //! ACL SETUSER app on >password ~{quorate/my-app}:* &{quorate/my-app}:* +@connection +evalsha +script|load
-//!   +subscribe +unsubscribe +publish +time +hget +hmget +hset +hsetnx +hdel +hexists +zadd +zrem +zscore
+//!   +subscribe +unsubscribe +publish +time +hget +hmget +hset +hdel +hexists +zadd +zrem +zscore
 //!   +zrangebyscore +zrangebylex +zrevrangebylex
 //! ```
 //!

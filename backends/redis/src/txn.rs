@@ -64,9 +64,14 @@ fn check(txn: &Txn) -> Result<()> {
 }
 
 fn request(server: &Server, txn: &Txn) -> Call {
-    let grows = txn.writes.iter().any(|write| matches!(write, Write::Put { .. }));
-    let mut call =
-        Call::new(&COMMIT, &server.connector.keys).arg(if grows { "1" } else { "0" }).arg(txn.checks.len().to_string());
+    let puts = txn.writes.iter().any(|write| matches!(write, Write::Put { .. }));
+    let deletes = txn.writes.iter().any(|write| matches!(write, Write::Delete(_)));
+    let keys = match (puts, deletes) {
+        (true, _) => "p",
+        (false, true) => "k",
+        (false, false) => "",
+    };
+    let mut call = Call::new(&COMMIT, &server.connector.keys).arg(keys).arg(txn.checks.len().to_string());
     for check in &txn.checks {
         match check {
             Check::Absent(key) => call = call.arg("a").arg(path(key)),
