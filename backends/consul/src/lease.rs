@@ -111,7 +111,13 @@ impl Leases {
                 let ttl = ttl.clamp(CHECK_TTL_MIN, TTL_MAX);
                 let mut service = Registered::new(self.api.clone(), agent);
                 service.register(ttl).await?;
-                let (id, _) = self.create(agent, ttl, Some(&service.id)).await?;
+                // A check that was never passed turns critical when the agent restarts, whatever it was registered as.
+                let (created, passed) =
+                    tokio::join!(self.create(agent, ttl, Some(&service.id)), self.pass(&service.id, agent));
+                let (id, _) = created?;
+                if !passed.map_err(|e| e.with_kind(ErrorKind::Unavailable))? {
+                    return Err(error(ErrorKind::Unavailable, "grant", "the agent forgot the check it had just taken"));
+                }
                 (id, ttl, Some(service.keep()))
             }
             SessionKind::Ttl => {
