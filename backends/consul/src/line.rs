@@ -219,17 +219,21 @@ impl Lines {
         }
     }
 
-    /// The servers do not know a lease any more, or are about to forget it: nothing new can stand on it.
+    /// The servers do not know a lease any more, or are about to forget it. Its tickets may stand for a moment yet, so
+    /// that others still see them ahead; what is forgotten is only that they are ours.
     pub(crate) fn lease_lost(&self, lease: &LeaseId) {
         self.slots.lease_ended(lease);
+        self.memory().retain(|_, line| {
+            line.mine.retain(|name| !is_of(lease, name));
+            !line.mine.is_empty()
+        });
     }
 
     /// Every ticket of a lease is known to be gone.
     pub(crate) fn lease_ended(&self, lease: &LeaseId) {
         self.slots.lease_ended(lease);
-        let of_lease = |name: &str| name.strip_prefix(lease.as_str()).is_some_and(|rest| rest.starts_with('-'));
         self.memory().retain(|_, line| {
-            let gone: Vec<_> = line.index.keys().filter(|name| of_lease(name)).cloned().collect();
+            let gone: Vec<_> = line.index.keys().filter(|name| is_of(lease, name)).cloned().collect();
             for name in gone {
                 line.remove(&name);
             }
@@ -293,6 +297,10 @@ fn members_of(dir: &str, pairs: Vec<Pair>) -> Vec<(u64, Arc<str>)> {
         .collect();
     members.sort_unstable();
     members
+}
+
+fn is_of(lease: &LeaseId, name: &str) -> bool {
+    name.strip_prefix(lease.as_str()).is_some_and(|rest| rest.starts_with('-'))
 }
 
 /// The ticket that another client made for the same lease and nonce, if there is one.
