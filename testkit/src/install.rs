@@ -34,9 +34,7 @@ pub struct Missing {
 impl Missing {
     /// What to do about it, for a person.
     pub fn how(&self) -> String {
-        let packages = self.packages.join(" ");
-        let mut how =
-            format!("run `cargo xtask install`, or install the Debian package {packages}");
+        let mut how = format!("install the Debian package {}", self.packages.join(" "));
         if !self.note.is_empty() {
             write!(how, " ({})", self.note).expect("writing to a String cannot fail");
         }
@@ -45,11 +43,7 @@ impl Missing {
 }
 
 const fn program(what: &'static str, packages: &'static [&'static str]) -> Missing {
-    Missing {
-        what,
-        packages,
-        note: "",
-    }
+    Missing { what, packages, note: "" }
 }
 
 pub(crate) const ETCD: Missing = program("etcd", &["etcd-server"]);
@@ -66,14 +60,9 @@ const ZOOKEEPER: Missing = program("/usr/share/java/zookeeper.jar", &["zookeeper
 const LOGGER: Missing = program("/usr/share/java/slf4j-simple.jar", &["libslf4j-java"]);
 const NETTY: Missing = program("/usr/share/java/netty-codec.jar", &["libnetty-java"]);
 const PROTOC: Missing = program("protoc", &["protobuf-compiler"]);
-const PROTOS: Missing = program(
-    "/usr/include/google/protobuf/timestamp.proto",
-    &["libprotobuf-dev"],
-);
+const PROTOS: Missing = program("/usr/include/google/protobuf/timestamp.proto", &["libprotobuf-dev"]);
 
-const ALL: [Missing; 11] = [
-    ETCD, ETCDCTL, REDIS, SENTINEL, CONSUL, JAVA, ZOOKEEPER, LOGGER, NETTY, PROTOC, PROTOS,
-];
+const ALL: [Missing; 11] = [ETCD, ETCDCTL, REDIS, SENTINEL, CONSUL, JAVA, ZOOKEEPER, LOGGER, NETTY, PROTOC, PROTOS];
 
 /// What the servers and the build need and this machine lacks. Empty means that all tests can run.
 pub fn missing() -> Vec<Missing> {
@@ -85,9 +74,7 @@ fn is_present(item: &Missing) -> bool {
         // Where they were unpacked by hand, the build and the launchers are told by these.
         "protoc" => std::env::var_os("PROTOC").is_some(),
         _ if item == &PROTOS => std::env::var_os("PROTOC_INCLUDE").is_some(),
-        _ if item == &ZOOKEEPER || item == &LOGGER || item == &NETTY => {
-            std::env::var_os(ZOOKEEPER_JARS).is_some()
-        }
+        _ if item == &ZOOKEEPER || item == &LOGGER || item == &NETTY => std::env::var_os(ZOOKEEPER_JARS).is_some(),
         _ => false,
     };
     by_variable || find(item).is_ok()
@@ -96,11 +83,7 @@ fn is_present(item: &Missing) -> bool {
 /// The program's path.
 pub(crate) fn find(item: &Missing) -> Result<PathBuf, Error> {
     let path = Path::new(item.what);
-    let found = if path.is_absolute() {
-        path.is_file().then(|| path.to_owned())
-    } else {
-        in_path(path)
-    };
+    let found = if path.is_absolute() { path.is_file().then(|| path.to_owned()) } else { in_path(path) };
     found.ok_or_else(|| Error::missing(path, &item.how()))
 }
 
@@ -123,15 +106,7 @@ pub(crate) fn zookeeper_class_path() -> Result<OsString, Error> {
     let mut jars = vec![find(&ZOOKEEPER)?, find(&LOGGER)?];
     // Needed for TLS only, and not in the manifest of Debian's jar as the others are.
     let netty = ["codec", "resolver", "transport-native-unix-common"];
-    jars.extend(
-        netty
-            .iter()
-            .map(|part| PathBuf::from(format!("/usr/share/java/netty-{part}.jar"))),
-    );
-    std::env::join_paths(jars).map_err(|e| {
-        Error::io(
-            "put the class path of ZooKeeper together",
-            std::io::Error::other(e),
-        )
-    })
+    jars.extend(netty.iter().map(|part| PathBuf::from(format!("/usr/share/java/netty-{part}.jar"))));
+    std::env::join_paths(jars)
+        .map_err(|e| Error::io("put the class path of ZooKeeper together", std::io::Error::other(e)))
 }

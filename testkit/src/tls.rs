@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
-    KeyPair, KeyUsagePurpose,
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
+    KeyUsagePurpose,
 };
 use tempfile::TempDir;
 
@@ -30,9 +30,7 @@ impl TlsFiles {
     ///
     /// When a key cannot be made, or the temporary directory cannot be written.
     pub fn generate() -> io::Result<Self> {
-        let dir = tempfile::Builder::new()
-            .prefix("quorate-testkit-tls-")
-            .tempdir()?;
+        let dir = tempfile::Builder::new().prefix("quorate-testkit-tls-").tempdir()?;
         let files = Self { dir: Arc::new(dir) };
         let mut params = params("quorate testkit CA", Vec::new())?;
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -42,18 +40,11 @@ impl TlsFiles {
         fs::write(files.ca(), ca.pem())?;
 
         // A server certificate is a client certificate too: etcd's own gateway dials its listener with it.
-        let both = [
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
+        let both = [ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         let names = vec!["127.0.0.1".to_owned(), "localhost".to_owned()];
         files.issue(&ca, "server", &params_for("localhost", names, &both)?)?;
         let client = [ExtendedKeyUsagePurpose::ClientAuth];
-        files.issue(
-            &ca,
-            "client",
-            &params_for("quorate-client", Vec::new(), &client)?,
-        )?;
+        files.issue(&ca, "client", &params_for("quorate-client", Vec::new(), &client)?)?;
         Ok(files)
     }
 
@@ -91,12 +82,7 @@ impl TlsFiles {
         self.dir.path().join(name)
     }
 
-    fn issue(
-        &self,
-        ca: &CertifiedIssuer<'_, KeyPair>,
-        name: &str,
-        params: &CertificateParams,
-    ) -> io::Result<()> {
+    fn issue(&self, ca: &CertifiedIssuer<'_, KeyPair>, name: &str, params: &CertificateParams) -> io::Result<()> {
         let key = KeyPair::generate().map_err(io::Error::other)?;
         let cert = params.signed_by(&key, ca).map_err(io::Error::other)?;
         let (key, cert) = (key.serialize_pem(), cert.pem());
@@ -108,9 +94,7 @@ impl TlsFiles {
 
 fn params(common_name: &str, names: Vec<String>) -> io::Result<CertificateParams> {
     let mut params = CertificateParams::new(names).map_err(io::Error::other)?;
-    params
-        .distinguished_name
-        .push(DnType::CommonName, common_name);
+    params.distinguished_name.push(DnType::CommonName, common_name);
     Ok(params)
 }
 
@@ -127,11 +111,5 @@ fn params_for(
 }
 
 fn write_secret(path: &Path, text: &str) -> io::Result<()> {
-    fs::OpenOptions::new()
-        .create(true)
-        .truncate(true)
-        .write(true)
-        .mode(0o600)
-        .open(path)?
-        .write_all(text.as_bytes())
+    fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path)?.write_all(text.as_bytes())
 }

@@ -173,6 +173,7 @@ fn profile(sessions: Sessions, ttl: Duration) -> Profile {
         expiry_lag,
         max_value: MAX_VALUE,
         max_txn: MAX_TXN,
+        txn_leases: MAX_TXN,
     }
 }
 

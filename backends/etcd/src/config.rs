@@ -61,6 +61,10 @@ impl Options {
         self.login.is_some()
     }
 
+    pub(crate) fn uses_tls(&self) -> bool {
+        self.tls.is_some()
+    }
+
     /// The options of one connection. Reads the TLS files, so that a renewed certificate is used from the next
     /// connection on.
     pub(crate) async fn connection(&self) -> Result<ConnectOptions, Fault> {

@@ -17,7 +17,7 @@ use etcd_client::{Client, GetOptions, KvClient, LeaseClient, WatchClient};
 use quorate_core::{Error, ErrorKind, Result, endpoints::Endpoints};
 use tokio::{
     sync::OnceCell,
-    time::{Instant, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tonic::Code;
 
@@ -182,7 +182,15 @@ impl Pool {
         F: FnOnce(&Clients) -> Fut,
         Fut: Future<Output = Result<T, etcd_client::Error>>,
     {
-        let link = self.link().await.map_err(|fault| fault.error(call.verb))?;
+        self.request(call, request).await.map_err(|fault| fault.error(call.verb))
+    }
+
+    async fn request<T, F, Fut>(&self, call: Call, request: F) -> Result<T, Fault>
+    where
+        F: FnOnce(&Clients) -> Fut,
+        Fut: Future<Output = Result<T, etcd_client::Error>>,
+    {
+        let link = self.link().await?;
         let asked = self.asked(&link);
         let answer = request(link.clients()).await;
         asked.answered();
@@ -191,43 +199,63 @@ impl Pool {
                 self.praise(&link);
                 Ok(answer)
             }
-            Err(error) => Err(self.fault(&link, call, &error).error(call.verb)),
+            Err(error) => Err(self.fault(&link, call, &error)),
         }
     }
 
     /// Proves that an endpoint serves, and the credentials with it.
     ///
     /// # Errors
-    /// `Denied` for wrong credentials; `Unavailable`, naming all endpoints, if none has answered in time.
-    pub(crate) async fn prove(&self, probe: Vec<u8>) -> Result<()> {
+    /// `Denied` for wrong credentials; `Unavailable`, naming all endpoints, if none has answered in time. If servers
+    /// are there but do not serve yet, as during an election, they are asked again within the time.
+    pub(crate) async fn prove(&self, probe: &[u8]) -> Result<()> {
+        const PAUSE: Duration = Duration::from_millis(100);
         let end = Instant::now() + self.options.connect_timeout;
+        loop {
+            let fault = match self.prove_once(probe, end).await {
+                Ok(()) => return Ok(()),
+                Err(fault) if fault.kind != ErrorKind::Unavailable => return Err(fault.error("connect")),
+                Err(fault) => fault,
+            };
+            if fault.said && Instant::now() + PAUSE < end {
+                sleep(PAUSE).await;
+                continue;
+            }
+            let message = format!("no endpoint serves ({})", self.options.uris.join(", "));
+            let mut error = Error::new(ErrorKind::Unavailable, "connect", message).on(BACKEND).because(fault);
+            if self.options.uses_tls() {
+                // A server that refuses a certificate closes the connection, and its reason may not arrive.
+                error = error.next("check the endpoints, and that the server accepts the client's certificate");
+            }
+            return Err(error);
+        }
+    }
+
+    /// Asks every endpoint once, until one serves. Of several refusals one that a server gave is returned.
+    async fn prove_once(&self, probe: &[u8], end: Instant) -> Result<(), Fault> {
         let count = self.endpoints.count();
-        let mut why = None;
+        let mut why = None::<Fault>;
         for tried in 0..count {
             let link = self.current();
             // A silent endpoint may use up its share only.
             let share = end.saturating_duration_since(Instant::now()) / u32::try_from(count - tried).unwrap_or(1);
-            let probe = probe.clone();
-            match timeout(share, self.call(Call::read("connect"), |c| ask(c.kv.clone(), probe))).await {
+            let asked = self.request(Call::read("connect"), |c| ask(c.kv.clone(), probe.to_vec()));
+            let (fault, blame) = match timeout(share, asked).await {
                 Ok(Ok(())) => return Ok(()),
-                Ok(Err(error)) if error.kind() != ErrorKind::Unavailable => return Err(error),
-                Ok(Err(error)) => {
-                    why = Some(error.to_string());
-                    // Whatever it said, there are others to ask.
-                    self.blame(&link, Blame::Endpoint);
-                }
+                Ok(Err(fault)) if fault.kind != ErrorKind::Unavailable => return Err(fault),
+                // Whatever it said, there are others to ask.
+                Ok(Err(fault)) => (fault, Blame::Endpoint),
                 Err(_) => {
-                    why = Some(format!("{} did not answer within {share:?}", self.options.uris[link.index]));
-                    self.blame(&link, Blame::Connection);
+                    let silent = format!("{} did not answer within {share:?}", self.options.uris[link.index]);
+                    (Fault::new(ErrorKind::Unavailable, silent), Blame::Connection)
                 }
+            };
+            self.blame(&link, blame);
+            if !why.as_ref().is_some_and(|why| why.said) {
+                why = Some(fault);
             }
         }
-        let message = format!("no endpoint serves ({})", self.options.uris.join(", "));
-        let error = Error::new(ErrorKind::Unavailable, "connect", message).on(BACKEND);
-        Err(match why {
-            Some(why) => error.because(why),
-            None => error,
-        })
+        Err(why.unwrap_or_else(|| Fault::new(ErrorKind::Unavailable, "no time was left to ask")))
     }
 }
 

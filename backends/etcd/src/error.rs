@@ -48,13 +48,15 @@ pub(crate) enum Blame {
 #[derive(Debug, Clone)]
 pub(crate) struct Fault {
     pub(crate) kind: ErrorKind,
+    /// Whether a server said so: it is there, whatever it said.
+    pub(crate) said: bool,
     message: Arc<str>,
     next: Option<&'static str>,
 }
 
 impl Fault {
     pub(crate) fn new(kind: ErrorKind, message: impl Into<Arc<str>>) -> Self {
-        Self { kind, message: message.into(), next: None }
+        Self { kind, said: false, message: message.into(), next: None }
     }
 
     pub(crate) fn error(&self, verb: &'static str) -> Error {
@@ -77,6 +79,8 @@ impl fmt::Display for Fault {
     }
 }
 
+impl StdError for Fault {}
+
 /// Judges an error of the client library.
 pub(crate) fn judge(call: Call, error: &etcd_client::Error) -> (Fault, Blame) {
     use etcd_client::Error as E;
@@ -94,7 +98,7 @@ pub(crate) fn judge(call: Call, error: &etcd_client::Error) -> (Fault, Blame) {
 }
 
 pub(crate) fn lease_ended() -> Fault {
-    Fault::new(ErrorKind::SessionLost, "the server no longer knows the lease")
+    Fault { said: true, ..Fault::new(ErrorKind::SessionLost, "the server no longer knows the lease") }
 }
 
 /// The connection failed: was anything sent?
@@ -124,7 +128,7 @@ fn refused_certificate(text: &str) -> bool {
 fn said(call: Call, code: Code, text: &str) -> (Fault, Blame) {
     let short = text.strip_prefix("etcdserver: ").unwrap_or(text);
     let is = |known: &[&str]| known.iter().any(|known| short.starts_with(known));
-    let fault = |kind| Fault::new(kind, format!("the server says: {short}"));
+    let fault = |kind| Fault { said: true, ..Fault::new(kind, format!("the server says: {short}")) };
     if short == "requested lease not found" {
         return (lease_ended(), Blame::Nobody);
     }

@@ -53,7 +53,7 @@ impl Etcd {
     pub async fn connect(config: &Config) -> Result<Self> {
         let pool = Arc::new(connect::Pool::new(config::Options::new(config)?));
         let layout = path::Layout::new(&config.namespace);
-        pool.prove(layout.probe()).await?;
+        pool.prove(&layout.probe()).await?;
         let tasks = Arc::new(stream::Tasks::new());
         let streams = stream::Streams::new(pool.clone(), tasks.clone());
         let (keep_alives, tokens) = (lease::KeepAlives::default(), line::Tokens::default());
@@ -81,6 +81,7 @@ fn profile() -> Profile {
         expiry_lag: Duration::from_secs(2),
         max_value: txn::MAX_VALUE,
         max_txn: txn::MAX_TXN,
+        txn_leases: txn::MAX_TXN,
     }
 }
 

@@ -8,6 +8,8 @@ use redis::{
     TlsCertificates, io::tcp::TcpSettings,
 };
 
+use rustls::pki_types::{CertificateDer, pem::PemObject};
+
 use crate::error::NAME;
 
 const PORT: u16 = 6379;
@@ -81,11 +83,11 @@ impl Options {
             return Err(bad("Redis has no access tokens; give user and password"));
         }
         let default_port = if matches!(topology, Topology::Sentinel { .. }) { SENTINEL_PORT } else { PORT };
-        let endpoints =
-            config.endpoints.iter().map(|e| address(e, default_port)).collect::<Result<Vec<_>>>()?;
-        let db = config.extra.get("db").map_or(Ok(0), |db| {
-            db.parse::<u32>().map(i64::from).map_err(|_| bad("db is not a number such as 3"))
-        })?;
+        let endpoints = config.endpoints.iter().map(|e| address(e, default_port)).collect::<Result<Vec<_>>>()?;
+        let db = config
+            .extra
+            .get("db")
+            .map_or(Ok(0), |db| db.parse::<u32>().map(i64::from).map_err(|_| bad("db is not a number such as 3")))?;
         let mut login = RedisConnectionInfo::default()
             .set_protocol(ProtocolVersion::RESP3)
             .set_lib_name("quorate", env!("CARGO_PKG_VERSION"));
@@ -159,11 +161,13 @@ fn certificates(tls: &Tls) -> Result<TlsCertificates> {
         _ => None,
     };
     let root_cert = tls.ca.as_ref().map(file).transpose()?;
+    if root_cert.as_ref().is_some_and(|pem| CertificateDer::pem_slice_iter(pem).flatten().next().is_none()) {
+        return Err(bad("the CA file holds no certificate"));
+    }
     let tls = TlsCertificates { client_tls, root_cert };
     // Malformed files are the caller's mistake, to be told before the first connection.
     let probe = ConnectionAddr::TcpTls { host: "h".into(), port: PORT, insecure: false, tls_params: None };
-    redis::Client::build_with_tls(probe, tls.clone())
-        .map_err(|e| bad(format!("the TLS files are not usable: {e}")))?;
+    redis::Client::build_with_tls(probe, tls.clone()).map_err(|e| bad(format!("the TLS files are not usable: {e}")))?;
     Ok(tls)
 }
 

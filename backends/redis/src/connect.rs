@@ -78,10 +78,9 @@ impl Connector {
         let limit = self.options.connect_timeout;
         match timeout(limit, self.race(number)).await {
             Ok(result) => result,
-            Err(_) => Err(Failure::new(
-                ErrorKind::Unavailable,
-                format!("{} did not answer within {limit:?}", self.names()),
-            )),
+            Err(_) => {
+                Err(Failure::new(ErrorKind::Unavailable, format!("{} did not answer within {limit:?}", self.names())))
+            }
         }
     }
 
@@ -265,9 +264,8 @@ impl Connector {
         let call = Call::new(&HELLO, &self.keys).arg(self.hub.client()).arg(&nonce).arg(seen);
         call.send(&mut link.data).await.map_err(refused)?;
         // Bounded by the attempt: it fails if the two connections lead to servers that do not share messages.
-        told.await.map_err(|_| {
-            Refused::Failed(Failure::new(ErrorKind::Unavailable, "messages of the server do not arrive"))
-        })
+        told.await
+            .map_err(|_| Refused::Failed(Failure::new(ErrorKind::Unavailable, "messages of the server do not arrive")))
     }
 
     fn known(&self) -> std::sync::MutexGuard<'_, VecDeque<Address>> {
@@ -310,10 +308,9 @@ impl Refused {
     fn into_failure(self) -> Failure {
         match self {
             Self::Failed(failure) => failure,
-            Self::Moved(_) => Failure::new(
-                ErrorKind::Unsupported,
-                "the server is a node of a cluster; use the scheme redis+cluster",
-            ),
+            Self::Moved(_) => {
+                Failure::new(ErrorKind::Unsupported, "the server is a node of a cluster; use the scheme redis+cluster")
+            }
         }
     }
 }

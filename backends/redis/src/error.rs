@@ -43,6 +43,8 @@ const NOT_NOW: &[(&str, Verdict)] = &[
 
 const NO_ACCESS: &[&str] = &["NOAUTH", "WRONGPASS", "NOPERM"];
 
+const NO_ACCESS_IN_SCRIPT: &[&str] = &["The user executing the script can't", "ACL failure in script"];
+
 /// An error without the call it belongs to: kind and text, so that one failed connection attempt can be
 /// reported to everybody who waited for it.
 #[derive(Debug, Clone)]
@@ -105,7 +107,9 @@ fn refusal(error: &RedisError, text: String) -> (Failure, Verdict) {
     let outer = error.code().unwrap_or_default();
     // Before version 7 the server wraps what stopped a script: "ERR Error running script … -OOM command …".
     let said = |code: &str| outer == code || (outer == "ERR" && contains_code(detail, code));
-    if NO_ACCESS.iter().any(|code| said(code)) || detail.contains("The user executing the script can't") {
+    // Within a script, servers of different age put a missing permission into different words.
+    let denied = |words: &&str| outer == "ERR" && detail.contains(words);
+    if NO_ACCESS.iter().any(|code| said(code)) || NO_ACCESS_IN_SCRIPT.iter().any(denied) {
         return (Failure::new(ErrorKind::Denied, text), Verdict::Keep);
     }
     if let Some((_, verdict)) = NOT_NOW.iter().find(|(code, _)| said(code)) {
@@ -152,6 +156,7 @@ mod tests {
             ("-NOAUTH Authentication required.\r\n", (ErrorKind::Denied, Verdict::Keep)),
             ("-WRONGPASS invalid username-password pair\r\n", (ErrorKind::Denied, Verdict::Keep)),
             ("-NOPERM User x has no permissions\r\n", (ErrorKind::Denied, Verdict::Keep)),
+            ("-ERR ACL failure in script: User app has no permissions\r\n", (ErrorKind::Denied, Verdict::Keep)),
             ("-LOADING Redis is loading the dataset in memory\r\n", (ErrorKind::Unavailable, Verdict::Keep)),
             ("-READONLY You can't write against a read only replica.\r\n", (ErrorKind::Unavailable, Verdict::Leave)),
             ("-MOVED 3999 127.0.0.1:6381\r\n", (ErrorKind::Unavailable, Verdict::Leave)),

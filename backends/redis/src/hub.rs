@@ -17,12 +17,7 @@ use tokio::{
     time::Instant,
 };
 
-use crate::{
-    change::Change,
-    error::Failure,
-    script::Keys,
-    watch::Cell,
-};
+use crate::{change::Change, error::Failure, script::Keys, watch::Cell};
 
 /// How often what is waited for and watched is checked although no message came.
 pub(crate) const BACKSTOP: Duration = Duration::from_secs(5);

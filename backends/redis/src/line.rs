@@ -76,10 +76,7 @@ pub(crate) async fn enqueue(server: &Server, entry: &Enqueue) -> Result<Option<P
 }
 
 pub(crate) async fn look(server: &Server, of: &Ticket, depth: usize) -> Result<Option<Place>> {
-    let call = Call::new(&LOOK, &server.connector.keys)
-        .arg(of.line.as_str())
-        .arg(&*of.name)
-        .arg(limit(depth));
+    let call = Call::new(&LOOK, &server.connector.keys).arg(of.line.as_str()).arg(&*of.name).arg(limit(depth));
     let value = server.call("look", Effect::Reads, &call).await.map_err(|e| e.key(of))?;
     let mut parts = Parts::of(value).map_err(|e| unexpected("look", &e).key(of))?;
     if parts.is_empty() {

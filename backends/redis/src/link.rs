@@ -183,7 +183,8 @@ impl Server {
         effect: Effect,
         call: &Call,
     ) -> Result<Value> {
-        let mut patience = Patience { link, since: Instant::now(), limit: self.connector.options.request_timeout.mul_f64(0.75) };
+        let mut patience =
+            Patience { link, since: Instant::now(), limit: self.connector.options.request_timeout.mul_f64(0.75) };
         let answer: RedisResult<Value> = call.send(conn).await;
         patience.limit = Duration::MAX;
         answer.map_err(|e| {

@@ -241,11 +241,7 @@ async fn subscribe_and_read(server: &Server, joined: &mut Joined) -> Result<u64>
 }
 
 /// Waits until the directory's messages arrive on this link; `false` if the link is no longer the one.
-async fn subscribed(
-    live: &mut watch::Receiver<Live>,
-    state: &mut watch::Receiver<State>,
-    link: &Link,
-) -> Result<bool> {
+async fn subscribed(live: &mut watch::Receiver<Live>, state: &mut watch::Receiver<State>, link: &Link) -> Result<bool> {
     loop {
         match &*live.borrow_and_update() {
             Live::On(number) if *number == link.number => return Ok(true),

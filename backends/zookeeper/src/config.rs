@@ -85,9 +85,8 @@ impl Settings {
 
     /// What a new session is opened with. Certificates are read anew, so that renewed ones come into use.
     pub(crate) fn connector(&self, timeout: Duration) -> Result<Connector> {
-        let mut connector = zookeeper_client::Client::connector()
-            .with_session_timeout(timeout)
-            .with_connection_timeout(self.silence);
+        let mut connector =
+            zookeeper_client::Client::connector().with_session_timeout(timeout).with_connection_timeout(self.silence);
         if let Some(digest) = &self.digest {
             connector = connector.with_auth("digest", digest.as_bytes());
         }
@@ -142,7 +141,8 @@ fn system_roots() -> Result<String> {
     if found.certs.is_empty() {
         return Err(bad("this system has no CA certificates; name a file with ca="));
     }
-    let pem = |der: &[u8]| format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", STANDARD.encode(der));
+    let pem =
+        |der: &[u8]| format!("-----BEGIN CERTIFICATE-----\n{}\n-----END CERTIFICATE-----\n", STANDARD.encode(der));
     Ok(found.certs.iter().map(|cert| pem(cert)).collect())
 }
 

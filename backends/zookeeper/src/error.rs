@@ -54,10 +54,14 @@ impl<'a> Call<'a> {
         match cause {
             // The server refused it, or it never left: a closed session takes nothing.
             E::SessionExpired | E::ClientClosed if self.leased => (ErrorKind::SessionLost, "the session has ended"),
-            E::SessionExpired | E::ClientClosed | E::SessionMoved => (ErrorKind::Unavailable, "the session was replaced"),
+            E::SessionExpired | E::ClientClosed | E::SessionMoved => {
+                (ErrorKind::Unavailable, "the session was replaced")
+            }
             E::NoAuth | E::AuthFailed | E::InvalidAcl => (ErrorKind::Denied, "the server refused access"),
             E::Throttled | E::NotReadOnly | E::NoHosts => (ErrorKind::Unavailable, "the server does not serve now"),
-            E::Unimplemented => (ErrorKind::Unsupported, "the server does not know this operation; 3.6 or later is needed"),
+            E::Unimplemented => {
+                (ErrorKind::Unsupported, "the server does not know this operation; 3.6 or later is needed")
+            }
             E::BadArguments(_) => (ErrorKind::InvalidInput, "the path or the arguments are not possible"),
             E::NoNode
             | E::NodeExists

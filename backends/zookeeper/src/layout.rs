@@ -82,9 +82,8 @@ impl Layout {
     pub(crate) fn shard(key: &Key) -> u64 {
         // FNV-1a: the same on every machine and in every version, which std's hashers do not promise.
         let bytes = key.dir().as_str().bytes().chain([b'/']).chain(key.encoded().bytes());
-        let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        });
+        let hash = bytes
+            .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
         hash % SHARDS
     }
 }

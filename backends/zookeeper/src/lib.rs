@@ -36,6 +36,7 @@
 mod config;
 mod connect;
 mod error;
+mod join;
 mod layout;
 mod lease;
 mod line;
@@ -44,6 +45,7 @@ mod plan;
 mod read;
 mod seen;
 mod ticket;
+mod tickets;
 mod txn;
 mod watch;
 
@@ -51,8 +53,8 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use quorate_core::{
-    Backend, Commit, Config, Dir, Enqueue, Fencing, KeyRange, Lease, LeaseId, Line, Place, Profile, Result,
-    Revision, Snapshot, Ticket, Txn, Watch,
+    Backend, Commit, Config, Dir, Enqueue, Fencing, KeyRange, Lease, LeaseId, Line, Place, Profile, Result, Revision,
+    Snapshot, Ticket, Txn, Watch,
 };
 use zookeeper_client as zk;
 
@@ -78,7 +80,7 @@ struct Inner {
     profile: Profile,
     base: Base,
     leases: lease::Leases,
-    tickets: line::Tickets,
+    tickets: tickets::Tickets,
     seen: seen::Seen,
 }
 
@@ -115,7 +117,7 @@ impl ZooKeeper {
             profile: profile(min_ttl, max_ttl),
             base,
             leases: lease::Leases::default(),
-            tickets: line::Tickets::default(),
+            tickets: tickets::Tickets::default(),
             seen: seen::Seen::default(),
         });
         Ok(Self { inner, keeper: tokio::spawn(keeping) })
@@ -141,6 +143,7 @@ fn profile(min_ttl: Duration, max_ttl: Duration) -> Profile {
         expiry_lag: min_ttl + Duration::from_millis(500),
         max_value: 1024 * 1024 - 16 * 1024,
         max_txn: 64,
+        txn_leases: 1,
     }
 }
 
@@ -209,7 +212,7 @@ impl Backend for ZooKeeper {
     }
 
     async fn enqueue(&self, entry: &Enqueue) -> Result<Option<Place>> {
-        line::enqueue(&self.inner, entry).await.map(Some)
+        join::enqueue(&self.inner, entry).await
     }
 
     async fn look(&self, ticket: &Ticket, depth: usize) -> Result<Option<Place>> {

@@ -58,7 +58,10 @@ async fn one(conn: &Conn, layout: &Layout, seen: &Seen, key: &Key) -> Result<Sna
         }
         Err(zk::Error::NoNode) => {
             seen.forget(&path);
-            Ok(Snapshot { revision: generation.map_or(Revision(0), |stat| revision(stat.mzxid)), ..Snapshot::default() })
+            Ok(Snapshot {
+                revision: generation.map_or(Revision(0), |stat| revision(stat.mzxid)),
+                ..Snapshot::default()
+            })
         }
         Err(error) => Err(error),
     }
@@ -74,14 +77,14 @@ async fn many(conn: &Conn, layout: &Layout, range: &KeyRange) -> Result<Snapshot
         Err(error) => return Err(error),
     };
     let mut latest = revision(stat.pzxid);
-    let mut keys = matching(range, children);
+    let mut keys = matching(range, &children);
     for _ in 0..REPEATS {
         if keys.is_empty() {
             return Ok(Snapshot { entries: Vec::new(), revision: latest });
         }
         let (entries, now) = pieces(conn, layout, &dir, &keys).await?;
         latest = entries.iter().map(|entry| entry.modified).fold(latest, Revision::max);
-        let now = matching(range, now);
+        let now = matching(range, &now);
         if now == keys {
             return Ok(Snapshot { entries, revision: latest });
         }
@@ -94,7 +97,7 @@ async fn many(conn: &Conn, layout: &Layout, range: &KeyRange) -> Result<Snapshot
 }
 
 /// The keys of the range among these children, in order.
-fn matching(range: &KeyRange, children: Vec<String>) -> Vec<Key> {
+fn matching(range: &KeyRange, children: &[String]) -> Vec<Key> {
     let names = children.iter().filter_map(|node| layout::encoded(node)).filter(|name| range.matches(name));
     let mut keys: Vec<Key> = names.map(|name| Key::from_encoded(range.dir(), name)).collect();
     keys.sort_unstable();
@@ -102,12 +105,7 @@ fn matching(range: &KeyRange, children: Vec<String>) -> Vec<Key> {
 }
 
 /// Reads these keys, and the names in the directory at the same moment as the last of them.
-async fn pieces(
-    conn: &Conn,
-    layout: &Layout,
-    dir: &str,
-    keys: &[Key],
-) -> Result<(Vec<Entry>, Vec<String>), zk::Error> {
+async fn pieces(conn: &Conn, layout: &Layout, dir: &str, keys: &[Key]) -> Result<(Vec<Entry>, Vec<String>), zk::Error> {
     let paths: Vec<String> = keys.iter().map(|key| layout.key(key)).collect();
     let mut requests = Vec::new();
     let mut rest = paths.as_slice();

@@ -86,15 +86,13 @@ mod tests {
     #[test]
     fn tickets_of_curator_and_kazoo_are_read_and_others_ignored() {
         let mark = |name| read(name).map(|m| (m.sequence, m.kind));
-        assert_eq!(
-            mark("_c_0c0e8a1e-6a5c-4f6e-8d5f-0123456789ab-lock-0000000007"),
-            Some((7, TicketKind::Lock))
-        );
+        assert_eq!(mark("_c_0c0e8a1e-6a5c-4f6e-8d5f-0123456789ab-lock-0000000007"), Some((7, TicketKind::Lock)));
         assert_eq!(mark("_c_x-__READ__0000000012"), Some((12, TicketKind::Read)));
         assert_eq!(mark("_c_x-__WRIT__0000000012"), Some((12, TicketKind::Write)));
         assert_eq!(mark("0123456789abcdef0123456789abcdef__lock__0000000003"), Some((3, TicketKind::Lock)));
         assert_eq!(mark("0123456789abcdef0123456789abcdef__rlock__0000000003"), Some((3, TicketKind::Read)));
-        for other in ["", "lock", "leases", "x-0000000001", "_c_x-lock-", "_c_x-lock-17", "-lock-00000000010000000000"] {
+        for other in ["", "lock", "leases", "x-0000000001", "_c_x-lock-", "_c_x-lock-17", "-lock-00000000010000000000"]
+        {
             assert_eq!(mark(other), None, "{other}");
         }
     }

@@ -21,8 +21,8 @@ use crate::{
     Inner,
     connect::Conn,
     error::Call,
+    join::make_nodes,
     layout::Layout,
-    line::make_nodes,
     multi::{Multi, Refused},
     plan, revision,
     seen::Known,
@@ -54,6 +54,10 @@ pub(crate) fn applied(revision: Revision) -> Commit {
 
 pub(crate) fn not_applied(culprit: usize) -> Commit {
     Commit { applied: false, revision: Revision(0), culprit: Some(culprit) }
+}
+
+pub(crate) fn key_mode(leased: bool) -> zk::CreateMode {
+    if leased { zk::CreateMode::Ephemeral } else { zk::CreateMode::Persistent }
 }
 
 pub(crate) async fn commit(inner: &Inner, txn: &Txn) -> Result<Commit> {
@@ -120,7 +124,11 @@ fn validate<'a>(inner: &Inner, txn: &'a Txn, call: &Call<'_>) -> Result<Option<&
         let fresh = match write {
             Write::Put { key, value, lease: on } => {
                 if value.len() > profile.max_value {
-                    return invalid(format!("a value has {} bytes, at most {} are allowed", value.len(), profile.max_value));
+                    return invalid(format!(
+                        "a value has {} bytes, at most {} are allowed",
+                        value.len(),
+                        profile.max_value
+                    ));
                 }
                 if let (Some(one), Some(other)) = (lease, on)
                     && one != other
@@ -292,7 +300,7 @@ impl Work<'_> {
             if let Some(ticket) = ticket {
                 multi.check(ticket, -1);
             }
-            let create = multi.create(path, value, leased);
+            let create = multi.create(path, value, key_mode(leased));
             multi.set(&generation, b"", -1);
             let refused = match multi.commit(&self.call).await? {
                 Ok(done) => {

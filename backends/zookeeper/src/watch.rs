@@ -204,11 +204,7 @@ fn read_again(
 }
 
 /// Tells the reader what is new, in the order of the revisions.
-fn deliver(
-    sender: &WatchSender,
-    told: &mut HashMap<Key, Revision>,
-    answers: Answers,
-) -> Result<(), Interruption> {
+fn deliver(sender: &WatchSender, told: &mut HashMap<Key, Revision>, answers: Answers) -> Result<(), Interruption> {
     let mut events: Vec<(Revision, WatchEvent)> = Vec::with_capacity(answers.len());
     for (key, answer) in answers {
         match answer {

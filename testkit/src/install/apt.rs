@@ -21,10 +21,7 @@ const CONSUL_SUITE: &str = "bullseye";
 /// [`Error::Unsupported`] when this is not root on Debian, with the exact list to install by hand;
 /// [`Error::Command`] when apt-get failed, or when something is missing although it succeeded.
 pub fn install(wanted: &[Missing]) -> Result<(), Error> {
-    let wanted: Vec<Missing> = missing()
-        .into_iter()
-        .filter(|item| wanted.contains(item))
-        .collect();
+    let wanted: Vec<Missing> = missing().into_iter().filter(|item| wanted.contains(item)).collect();
     if wanted.is_empty() {
         return Ok(());
     }
@@ -37,10 +34,7 @@ pub fn install(wanted: &[Missing]) -> Result<(), Error> {
         add_consul_source()?;
         run(Command::new("apt-get").args(["update", "-qq"]))?;
     }
-    let mut packages: Vec<&str> = wanted
-        .iter()
-        .flat_map(|item| item.packages.iter().copied())
-        .collect();
+    let mut packages: Vec<&str> = wanted.iter().flat_map(|item| item.packages.iter().copied()).collect();
     packages.sort_unstable();
     packages.dedup();
     run(Command::new("apt-get")
@@ -48,36 +42,42 @@ pub fn install(wanted: &[Missing]) -> Result<(), Error> {
         .args(["-o", "Dpkg::Use-Pty=0"])
         .args(&packages)
         .env("DEBIAN_FRONTEND", "noninteractive"))?;
-    let still: Vec<Missing> = missing()
-        .into_iter()
-        .filter(|item| wanted.contains(item))
-        .collect();
+    let still: Vec<Missing> = missing().into_iter().filter(|item| wanted.contains(item)).collect();
     if still.is_empty() {
         Ok(())
     } else {
         let names: Vec<&str> = still.iter().map(|item| item.what).collect();
         Err(Error::Command {
             command: format!("apt-get install {}", packages.join(" ")),
-            output: format!(
-                "it succeeded, yet these are still missing: {}",
-                names.join(", ")
-            ),
+            output: format!("it succeeded, yet these are still missing: {}", names.join(", ")),
         })
     }
 }
 
 fn by_hand(wanted: &[Missing]) -> Error {
-    let lines: Vec<String> = wanted
-        .iter()
-        .map(|item| format!("\n  {}: {}", item.what, item.how()))
-        .collect();
-    Error::Unsupported {
-        server: "install".to_owned(),
-        reason: format!(
-            "packages are installed only by root on Debian; install these by hand:{}",
-            lines.concat()
-        ),
+    let mut reason = "packages are installed only by root on Debian; install these by hand:".to_owned();
+    for item in wanted {
+        reason.push_str(&format!("\n  {}: {}", item.what, item.how()));
     }
+    if wanted.contains(&CONSUL) {
+        let any = Archive { uri: "(the one of your own Debian source)".to_owned(), signed_by: None };
+        reason.push_str(&format!(
+            "\nconsul on a newer Debian: {} with\n{}and {} with\n{}then apt-get update && apt-get install consul",
+            source_path(),
+            any.stanza(CONSUL_SUITE),
+            pin_path(),
+            pin_to_consul(CONSUL_SUITE),
+        ));
+    }
+    Error::Unsupported { server: "install".to_owned(), reason }
+}
+
+fn source_path() -> String {
+    format!("/etc/apt/sources.list.d/quorate-{CONSUL_SUITE}.sources")
+}
+
+fn pin_path() -> String {
+    format!("/etc/apt/preferences.d/quorate-{CONSUL_SUITE}")
 }
 
 /// While it lives, package scripts start no service. Gone with it, unless the machine had such a rule.
@@ -97,11 +97,8 @@ impl NoServices {
             .mode(0o755)
             .open(&path)
             .map_err(|e| Error::writing(&path, e))?;
-        let rule = Self {
-            made: Some(path.clone()),
-        };
-        file.write_all(b"#!/bin/sh\nexit 101\n")
-            .map_err(|e| Error::writing(&path, e))?;
+        let rule = Self { made: Some(path.clone()) };
+        file.write_all(b"#!/bin/sh\nexit 101\n").map_err(|e| Error::writing(&path, e))?;
         Ok(rule)
     }
 }
@@ -116,26 +113,16 @@ impl Drop for NoServices {
 
 fn run(command: &mut Command) -> Result<String, Error> {
     let name = format!("{command:?}");
-    let output = command
-        .output()
-        .map_err(|e| Error::io(format!("run {name}"), e))?;
+    let output = command.output().map_err(|e| Error::io(format!("run {name}"), e))?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
-    Err(Error::Command {
-        command: name,
-        output: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-    })
+    Err(Error::Command { command: name, output: String::from_utf8_lossy(&output.stderr).trim().to_owned() })
 }
 
 fn has_candidate(package: &str) -> Result<bool, Error> {
-    let policy = run(Command::new("apt-cache")
-        .args(["policy", package])
-        .env("LC_ALL", "C"))?;
-    Ok(policy
-        .lines()
-        .filter_map(|line| line.trim().strip_prefix("Candidate: "))
-        .any(|version| version != "(none)"))
+    let policy = run(Command::new("apt-cache").args(["policy", package]).env("LC_ALL", "C"))?;
+    Ok(policy.lines().filter_map(|line| line.trim().strip_prefix("Candidate: ")).any(|version| version != "(none)"))
 }
 
 /// A source of the older release beside the configured one, from which nothing but consul may come.
@@ -155,10 +142,9 @@ fn add_consul_source() -> Result<(), Error> {
                 "no apt source of Debian {codename} is configured from which the one of {CONSUL_SUITE} could be derived; add one by hand"
             ),
         })?;
-    let list = format!("/etc/apt/sources.list.d/quorate-{CONSUL_SUITE}.sources");
-    write(Path::new(&list), &source.stanza(CONSUL_SUITE))?;
-    let pin = format!("/etc/apt/preferences.d/quorate-{CONSUL_SUITE}");
-    write(Path::new(&pin), &pin_to_consul(CONSUL_SUITE))
+    // The pin first: without it, the older release would be a source of everything.
+    write(Path::new(&pin_path()), &pin_to_consul(CONSUL_SUITE))?;
+    write(Path::new(&source_path()), &source.stanza(CONSUL_SUITE))
 }
 
 fn configured_sources() -> Result<Vec<String>, Error> {
@@ -171,10 +157,7 @@ fn configured_sources() -> Result<Vec<String>, Error> {
     paths
         .iter()
         .filter(|path| path.is_file())
-        .filter(|path| {
-            path.extension()
-                .is_some_and(|ext| ext == "list" || ext == "sources")
-        })
+        .filter(|path| path.extension().is_some_and(|ext| ext == "list" || ext == "sources"))
         .map(|path| read(path))
         .collect()
 }
@@ -188,10 +171,7 @@ struct Archive {
 
 impl Archive {
     fn stanza(&self, suite: &str) -> String {
-        let mut text = format!(
-            "Types: deb\nURIs: {}\nSuites: {suite}\nComponents: main\n",
-            self.uri
-        );
+        let mut text = format!("Types: deb\nURIs: {}\nSuites: {suite}\nComponents: main\n", self.uri);
         if let Some(key) = &self.signed_by {
             text.push_str(&format!("Signed-By: {key}\n"));
         }
@@ -214,16 +194,13 @@ fn archive_of(text: &str, codename: &str) -> Option<Archive> {
                 key.eq_ignore_ascii_case(name).then(|| value.trim())
             })
         };
-        let has = |name: &str, word: &str| {
-            field(name).is_some_and(|value| value.split_whitespace().any(|one| one == word))
-        };
+        let has =
+            |name: &str, word: &str| field(name).is_some_and(|value| value.split_whitespace().any(|one| one == word));
         let enabled = field("Enabled") != Some("no");
         (enabled && has("Types", "deb") && has("Suites", codename)).then_some(())?;
         Some(Archive {
             uri: field("URIs")?.split_whitespace().next()?.to_owned(),
-            signed_by: field("Signed-By")
-                .filter(|key| key.starts_with('/'))
-                .map(str::to_owned),
+            signed_by: field("Signed-By").filter(|key| key.starts_with('/')).map(str::to_owned),
         })
     });
     stanzas.or_else(|| text.lines().find_map(|line| one_line(line, codename)))
@@ -243,10 +220,7 @@ fn one_line(line: &str, codename: &str) -> Option<Archive> {
     (words.next()? == codename).then_some(())?;
     Some(Archive {
         uri,
-        signed_by: options
-            .split_whitespace()
-            .find_map(|option| option.strip_prefix("signed-by="))
-            .map(str::to_owned),
+        signed_by: options.split_whitespace().find_map(|option| option.strip_prefix("signed-by=")).map(str::to_owned),
     })
 }
 
@@ -278,13 +252,18 @@ mod tests {
     }
 
     #[test]
+    fn refusal_names_every_package_and_how_to_get_consul() {
+        let text = by_hand(&[super::super::ETCD, CONSUL]).to_string();
+        for part in ["etcd-server", "Suites: bullseye", "Pin-Priority: -1", "Package: consul"] {
+            assert!(text.contains(part), "{part} is not in {text}");
+        }
+    }
+
+    #[test]
     fn one_line_sources_are_read_with_and_without_options() {
         let plain = "deb-src http://x.invalid/a trixie main\ndeb http://x.invalid/b trixie main\n";
         let archive = archive_of(plain, "trixie").expect("it is configured");
-        assert_eq!(
-            (archive.uri.as_str(), archive.signed_by),
-            ("http://x.invalid/b", None)
-        );
+        assert_eq!((archive.uri.as_str(), archive.signed_by), ("http://x.invalid/b", None));
         let signed = "deb [arch=amd64 signed-by=/k.gpg] http://x.invalid/c trixie main contrib";
         let archive = archive_of(signed, "trixie").expect("it is configured");
         assert_eq!(archive.uri, "http://x.invalid/c");
@@ -296,9 +275,6 @@ mod tests {
         let disabled = DEB822.replace("Types: deb\nURIs", "Enabled: no\nTypes: deb\nURIs");
         assert_eq!(archive_of(&disabled, "trixie"), None);
         assert_eq!(archive_of(DEB822, "sid"), None);
-        assert_eq!(
-            archive_of("# deb http://x.invalid/a trixie main", "trixie"),
-            None
-        );
+        assert_eq!(archive_of("# deb http://x.invalid/a trixie main", "trixie"), None);
     }
 }

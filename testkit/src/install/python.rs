@@ -54,65 +54,40 @@ pub fn python_venv(dir: &Path, modules: &[&str]) -> Result<Python, Error> {
         let python = program("python3", &["python3", "python3-venv"]);
         Error::missing("python3", &python.how())
     })?;
-    let venv = Python {
-        program: dir.join("venv/bin/python"),
-        packages: None,
-    };
-    let folder = Python {
-        program: system.clone(),
-        packages: Some(dir.join("packages")),
-    };
+    let venv = Python { program: dir.join("venv/bin/python"), packages: None };
+    let folder = Python { program: system.clone(), packages: Some(dir.join("packages")) };
     if venv.imports(modules) {
         return Ok(venv);
     }
     if folder.packages.as_deref().is_some_and(Path::is_dir) && folder.imports(modules) {
         return Ok(folder);
     }
-    let pip = [
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-    ];
-    let make = [
-        OsString::from("-m"),
-        "venv".into(),
-        "--clear".into(),
-        dir.join("venv").into(),
-    ];
-    let first = run(Command::new(&system).args(make))
-        .and_then(|()| run(venv.command().args(pip).args(modules)));
+    let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
+    let make = [OsString::from("-m"), "venv".into(), "--clear".into(), dir.join("venv").into()];
+    let first = run(Command::new(&system).args(make)).and_then(|()| run(venv.command().args(pip).args(modules)));
     let first = match first {
         Ok(()) => return Ok(venv),
         Err(error) => error,
     };
     let target = dir.join("packages");
-    run(Command::new(&system)
-        .args(pip)
-        .arg("--target")
-        .arg(target)
-        .args(modules))
-    .map_err(|second| Error::Command {
-        command: format!("pip install {}", modules.join(" ")),
-        output: format!("{second}; before that: {first}; the Debian package python3-venv may help"),
+    run(Command::new(&system).args(pip).arg("--target").arg(target).args(modules)).map_err(|second| {
+        Error::Command {
+            command: format!("pip install {}", modules.join(" ")),
+            output: format!("{second}; before that: {first}; the Debian package python3-venv may help"),
+        }
     })?;
     Ok(folder)
 }
 
 fn run(command: &mut Command) -> Result<(), Error> {
     let name = format!("{command:?}");
-    let output = command
-        .output()
-        .map_err(|e| Error::io(format!("run {name}"), e))?;
+    let output = command.output().map_err(|e| Error::io(format!("run {name}"), e))?;
     if output.status.success() {
         return Ok(());
     }
     let (out, err) = (&output.stdout, &output.stderr);
     Err(Error::Command {
         command: name,
-        output: String::from_utf8_lossy(if err.is_empty() { out } else { err })
-            .trim()
-            .to_owned(),
+        output: String::from_utf8_lossy(if err.is_empty() { out } else { err }).trim().to_owned(),
     })
 }

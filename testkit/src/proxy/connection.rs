@@ -30,10 +30,7 @@ impl Open {
     pub(super) fn enter(shared: &Arc<Shared>) -> Self {
         let era = shared.faults.borrow().era;
         shared.presence.send_modify(|now| now.open.push(era));
-        Self {
-            shared: Arc::clone(shared),
-            era,
-        }
+        Self { shared: Arc::clone(shared), era }
     }
 }
 
@@ -135,22 +132,12 @@ pub(super) async fn run(open: Open, mut client: TcpStream) {
 impl Link<'_> {
     fn must_tear(&self, now: &Faults) -> bool {
         let swallowing = |direction| now.way(direction).hole == Hole::Swallow;
-        self.torn.load(Ordering::Relaxed)
-            && !swallowing(Direction::ToServer)
-            && !swallowing(Direction::ToClient)
+        self.torn.load(Ordering::Relaxed) && !swallowing(Direction::ToServer) && !swallowing(Direction::ToClient)
     }
 
-    async fn pass(
-        &self,
-        direction: Direction,
-        from: ReadHalf<'_>,
-        to: WriteHalf<'_>,
-    ) -> Result<(), End> {
+    async fn pass(&self, direction: Direction, from: ReadHalf<'_>, to: WriteHalf<'_>) -> Result<(), End> {
         let (pieces, queue) = mpsc::channel(PIECES);
-        tokio::try_join!(
-            self.take(direction, from, pieces),
-            self.deliver(direction, to, queue)
-        )?;
+        tokio::try_join!(self.take(direction, from, pieces), self.deliver(direction, to, queue))?;
         Ok(())
     }
 
@@ -188,9 +175,7 @@ impl Link<'_> {
             self.wait_for_turn(direction, came, &mut faults).await;
             if faults.borrow().way(direction).hole == Hole::Swallow {
                 let count = u64::try_from(piece.len()).unwrap_or(u64::MAX);
-                self.shared
-                    .bytes_swallowed
-                    .fetch_add(count, Ordering::Relaxed);
+                self.shared.bytes_swallowed.fetch_add(count, Ordering::Relaxed);
                 self.torn.store(true, Ordering::Relaxed);
                 continue;
             }
@@ -204,18 +189,12 @@ impl Link<'_> {
             to.write_all(&piece).await?;
         }
         // The end of a stream is held back like its bytes.
-        self.wait_for_turn(direction, Instant::now(), &mut faults)
-            .await;
+        self.wait_for_turn(direction, Instant::now(), &mut faults).await;
         Ok(to.shutdown().await?)
     }
 
     /// Until the delay of that direction has passed and nothing is held.
-    async fn wait_for_turn(
-        &self,
-        direction: Direction,
-        came: Instant,
-        faults: &mut watch::Receiver<Faults>,
-    ) {
+    async fn wait_for_turn(&self, direction: Direction, came: Instant, faults: &mut watch::Receiver<Faults>) {
         loop {
             let way = faults.borrow_and_update().way(direction);
             let due = came + way.delay;

@@ -155,8 +155,7 @@ impl Shared {
     fn dooms(&self, piece: &[u8]) -> bool {
         let mut doom = self.doom();
         let needle = &doom.containing;
-        let hit = doom.requests > 0
-            && (needle.is_empty() || piece.windows(needle.len()).any(|part| part == needle));
+        let hit = doom.requests > 0 && (needle.is_empty() || piece.windows(needle.len()).any(|part| part == needle));
         if hit {
             doom.requests -= 1;
         }
@@ -181,19 +180,10 @@ impl FaultProxy {
         })?;
         let addr = port.addr();
         let listener = TcpListener::bind(addr).await?;
-        let faults = Faults {
-            upstream,
-            to_server: Way::default(),
-            to_client: Way::default(),
-            cut: false,
-            era: 0,
-        };
+        let faults = Faults { upstream, to_server: Way::default(), to_client: Way::default(), cut: false, era: 0 };
         let shared = Arc::new(Shared {
             faults: watch::Sender::new(faults),
-            presence: watch::Sender::new(Presence {
-                listening: true,
-                open: Vec::new(),
-            }),
+            presence: watch::Sender::new(Presence { listening: true, open: Vec::new() }),
             doom: Mutex::default(),
             accepted: AtomicU64::new(0),
             bytes: Default::default(),
@@ -203,12 +193,7 @@ impl FaultProxy {
             bytes_swallowed: AtomicU64::new(0),
         });
         let task = tokio::spawn(serve(Arc::clone(&shared), port.number(), listener));
-        Ok(Self {
-            shared,
-            addr,
-            task: task.abort_handle(),
-            _port: port,
-        })
+        Ok(Self { shared, addr, task: task.abort_handle(), _port: port })
     }
 
     /// Where clients connect.
@@ -218,17 +203,13 @@ impl FaultProxy {
 
     /// Where new connections lead. Open ones stay where they are.
     pub fn set_upstream(&self, upstream: SocketAddr) {
-        self.shared
-            .faults
-            .send_modify(|faults| faults.upstream = upstream);
+        self.shared.faults.send_modify(|faults| faults.upstream = upstream);
     }
 
     /// Delivers every byte of one direction that much later, without lowering the throughput until the
     /// buffer of about 1 MB is full. Zero ends it.
     pub fn delay(&self, direction: Direction, delay: Duration) {
-        self.shared
-            .faults
-            .send_modify(|faults| faults.way_mut(direction).delay = delay);
+        self.shared.faults.send_modify(|faults| faults.way_mut(direction).delay = delay);
     }
 
     /// Keeps back what is sent in one direction, as a one-way partition does: connections stay open, and
@@ -289,10 +270,7 @@ impl FaultProxy {
     /// Like [`FaultProxy::cut_after_forward`], but only pieces that contain these bytes count, such as a
     /// key or the name of a command. TLS hides them.
     pub fn cut_after_forward_of(&self, containing: impl Into<Vec<u8>>, requests: u32) {
-        *self.shared.doom() = Doom {
-            requests,
-            containing: containing.into(),
-        };
+        *self.shared.doom() = Doom { requests, containing: containing.into() };
     }
 
     /// Ends every fault, delays too. After it returns, clients can connect.
@@ -334,9 +312,7 @@ impl FaultProxy {
     }
 
     fn set_hole(&self, direction: Direction, hole: Hole) {
-        self.shared
-            .faults
-            .send_modify(|faults| faults.way_mut(direction).hole = hole);
+        self.shared.faults.send_modify(|faults| faults.way_mut(direction).hole = hole);
     }
 }
 
@@ -372,9 +348,7 @@ async fn serve(shared: Arc<Shared>, port: u16, listener: TcpListener) {
                 // The port is reserved, but an address may linger for a moment.
                 Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
             }
-            shared
-                .presence
-                .send_modify(|now| now.listening = listener.is_some());
+            shared.presence.send_modify(|now| now.listening = listener.is_some());
             continue;
         }
         let accept = async {

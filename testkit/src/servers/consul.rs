@@ -23,11 +23,7 @@ pub struct ConsulOptions {
 impl Default for ConsulOptions {
     /// Consul's own default of 10 s for the shortest session, no access control, no TLS.
     fn default() -> Self {
-        Self {
-            session_ttl_min: Duration::from_secs(10),
-            token: None,
-            tls: None,
-        }
+        Self { session_ttl_min: Duration::from_secs(10), token: None, tls: None }
     }
 }
 
@@ -69,17 +65,10 @@ impl Consul {
     ///
     /// A dropped start leaves no process behind.
     pub async fn cluster(options: ConsulOptions) -> Result<Cluster, Error> {
-        let agents = (1..=3)
-            .map(|i| Agent::reserve(&format!("consul{i}"), &options))
-            .collect::<Result<Vec<_>, _>>()?;
-        let join: Vec<String> = agents
-            .iter()
-            .map(|agent| agent.serf.addr().to_string())
-            .collect();
-        let servers = agents
-            .into_iter()
-            .map(|agent| agent.server(&options, Some(&join)))
-            .collect::<Result<Vec<_>, _>>()?;
+        let agents = (1..=3).map(|i| Agent::reserve(&format!("consul{i}"), &options)).collect::<Result<Vec<_>, _>>()?;
+        let join: Vec<String> = agents.iter().map(|agent| agent.serf.addr().to_string()).collect();
+        let servers =
+            agents.into_iter().map(|agent| agent.server(&options, Some(&join))).collect::<Result<Vec<_>, _>>()?;
         Cluster::started(servers).await
     }
 }
@@ -145,18 +134,10 @@ impl Agent {
             kind: Kind::Consul,
             name: self.name.clone(),
             program,
-            args: vec![
-                "agent".into(),
-                "-config-file".into(),
-                data.join("consul.json").into(),
-            ],
+            args: vec!["agent".into(), "-config-file".into(), data.join("consul.json").into()],
             seeds: vec![("consul.json", config.to_string())],
             client,
-            probe: Probe::Consul {
-                http: self.http.number(),
-                token: options.token.clone(),
-                node: self.name,
-            },
+            probe: Probe::Consul { http: self.http.number(), token: options.token.clone(), node: self.name },
             credentials: None,
             token: options.token.clone(),
             tls: options.tls.clone(),

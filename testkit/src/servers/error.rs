@@ -62,10 +62,7 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn io(doing: impl Into<String>, source: io::Error) -> Self {
-        Self::Io {
-            doing: doing.into(),
-            source,
-        }
+        Self::Io { doing: doing.into(), source }
     }
 
     pub(crate) fn reading(path: &std::path::Path, source: io::Error) -> Self {
@@ -77,10 +74,7 @@ impl Error {
     }
 
     pub(crate) fn missing(program: impl Into<PathBuf>, how: &str) -> Self {
-        Self::MissingProgram {
-            program: program.into().display().to_string(),
-            how: how.to_owned(),
-        }
+        Self::MissingProgram { program: program.into().display().to_string(), how: how.to_owned() }
     }
 }
 
@@ -94,19 +88,11 @@ impl fmt::Display for Error {
                 f,
                 "start {server}: port {port} of 127.0.0.1 is taken by another process; start again to get other ports"
             ),
-            Self::NotReady {
-                server,
-                reason,
-                log_tail,
-            } => write!(
-                f,
-                "start {server}: {reason}; its log ends with:\n{log_tail}"
-            ),
+            Self::NotReady { server, reason, log_tail } => {
+                write!(f, "start {server}: {reason}; its log ends with:\n{log_tail}")
+            }
             Self::NotRunning { server } => {
-                write!(
-                    f,
-                    "signal {server}: it does not run; restart() brings it back"
-                )
+                write!(f, "signal {server}: it does not run; restart() brings it back")
             }
             Self::Unsupported { server, reason } => write!(f, "{server}: {reason}"),
             Self::Command { command, output } => write!(f, "{command} failed: {output}"),

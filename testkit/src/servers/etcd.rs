@@ -81,9 +81,7 @@ impl Etcd {
     ///
     /// A dropped start leaves no process behind.
     pub async fn cluster(options: EtcdOptions) -> Result<Cluster, Error> {
-        let members = (1..=3)
-            .map(|i| Member::reserve(&format!("etcd{i}")))
-            .collect::<Result<Vec<_>, _>>()?;
+        let members = (1..=3).map(|i| Member::reserve(&format!("etcd{i}"))).collect::<Result<Vec<_>, _>>()?;
         let cluster = initial_cluster(&members);
         let servers = members
             .into_iter()
@@ -94,10 +92,8 @@ impl Etcd {
 }
 
 fn initial_cluster(members: &[Member]) -> String {
-    let peers: Vec<String> = members
-        .iter()
-        .map(|member| format!("{}=http://{}", member.name, member.peer.addr()))
-        .collect();
+    let peers: Vec<String> =
+        members.iter().map(|member| format!("{}=http://{}", member.name, member.peer.addr())).collect();
     peers.join(",")
 }
 
@@ -119,8 +115,7 @@ impl Member {
             if root.user != "root" {
                 return Err(Error::Unsupported {
                     server: self.name,
-                    reason: "etcd turns authentication on only for the user root; name it so"
-                        .to_owned(),
+                    reason: "etcd turns authentication on only for the user root; name it so".to_owned(),
                 });
             }
         }
@@ -131,9 +126,7 @@ impl Member {
             name: self.name,
             seeds: Vec::new(),
             client: self.client.number(),
-            probe: Probe::Etcd {
-                metrics: self.metrics.number(),
-            },
+            probe: Probe::Etcd { metrics: self.metrics.number() },
             credentials: options.root.clone(),
             token: None,
             tls: options.tls.clone(),
@@ -168,11 +161,9 @@ impl Member {
             args.extend([flag.into(), value.into()]);
         }
         if let Some(tls) = &options.tls {
-            for (flag, path) in [
-                ("--cert-file", tls.server_cert()),
-                ("--key-file", tls.server_key()),
-                ("--trusted-ca-file", tls.ca()),
-            ] {
+            for (flag, path) in
+                [("--cert-file", tls.server_cert()), ("--key-file", tls.server_key()), ("--trusted-ca-file", tls.ca())]
+            {
                 args.extend([flag.into(), path.into()]);
             }
             args.push("--client-cert-auth".into());
@@ -183,31 +174,20 @@ impl Member {
 }
 
 /// Makes the user root and turns authentication on, on a server that has neither yet.
-pub(crate) async fn enable_auth(
-    addr: SocketAddr,
-    tls: Option<&TlsFiles>,
-    root: &Credentials,
-) -> Result<(), Error> {
+pub(crate) async fn enable_auth(addr: SocketAddr, tls: Option<&TlsFiles>, root: &Credentials) -> Result<(), Error> {
     // The password goes through standard input: other users of the machine can read command lines.
     let password = format!("{}\n", root.password.expose());
     let add = ["user", "add", "root", "--interactive=false"];
     etcdctl(addr, tls, &add, &password).await?;
-    etcdctl(addr, tls, &["user", "grant-role", "root", "root"], "")
-        .await
-        .or_else(|error| match error {
-            // etcd 3.5 makes the role by itself, 3.4 wants it first.
-            Error::Command { ref output, .. } if output.contains("role name not found") => Ok(()),
-            other => Err(other),
-        })?;
+    etcdctl(addr, tls, &["user", "grant-role", "root", "root"], "").await.or_else(|error| match error {
+        // etcd 3.5 makes the role by itself, 3.4 wants it first.
+        Error::Command { ref output, .. } if output.contains("role name not found") => Ok(()),
+        other => Err(other),
+    })?;
     etcdctl(addr, tls, &["auth", "enable"], "").await
 }
 
-async fn etcdctl(
-    addr: SocketAddr,
-    tls: Option<&TlsFiles>,
-    words: &[&str],
-    input: &str,
-) -> Result<(), Error> {
+async fn etcdctl(addr: SocketAddr, tls: Option<&TlsFiles>, words: &[&str], input: &str) -> Result<(), Error> {
     let mut command = Command::new(find(&ETCDCTL)?);
     let scheme = tls.map_or("http", |_| "https");
     command
@@ -219,13 +199,7 @@ async fn etcdctl(
         .stderr(Stdio::piped())
         .kill_on_drop(true);
     if let Some(tls) = tls {
-        command
-            .arg("--cacert")
-            .arg(tls.ca())
-            .arg("--cert")
-            .arg(tls.client_cert())
-            .arg("--key")
-            .arg(tls.client_key());
+        command.arg("--cacert").arg(tls.ca()).arg("--cert").arg(tls.client_cert()).arg("--key").arg(tls.client_key());
     }
     let run = async {
         let mut child = command.spawn()?;
@@ -239,8 +213,5 @@ async fn etcdctl(
     if output.status.success() {
         return Ok(());
     }
-    Err(Error::Command {
-        command: name,
-        output: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-    })
+    Err(Error::Command { command: name, output: String::from_utf8_lossy(&output.stderr).trim().to_owned() })
 }

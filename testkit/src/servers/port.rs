@@ -38,10 +38,7 @@ impl Port {
                 .open(&path)
                 .map_err(|e| Error::writing(&path, e))?;
             if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() && is_free(number) {
-                return Ok(Self {
-                    number,
-                    _lock: lock,
-                });
+                return Ok(Self { number, _lock: lock });
             }
         }
         Err(Error::io(

@@ -17,18 +17,10 @@ const ASK: Duration = Duration::from_secs(2);
 /// How to see that a server is ready, and whether it leads.
 #[derive(Debug, Clone)]
 pub(crate) enum Probe {
-    Etcd {
-        metrics: u16,
-    },
+    Etcd { metrics: u16 },
     Redis(RedisProbe),
-    Consul {
-        http: u16,
-        token: Option<Secret>,
-        node: String,
-    },
-    ZooKeeper {
-        client: u16,
-    },
+    Consul { http: u16, token: Option<Secret>, node: String },
+    ZooKeeper { client: u16 },
 }
 
 #[derive(Debug, Clone)]
@@ -52,9 +44,7 @@ impl Probe {
             match self {
                 Self::Etcd { metrics } => etcd_ready(*metrics).await,
                 Self::Redis(probe) => probe.ready().await,
-                Self::Consul { http, token, node } => {
-                    consul_ready(*http, token.as_ref(), node).await
-                }
+                Self::Consul { http, token, node } => consul_ready(*http, token.as_ref(), node).await,
                 Self::ZooKeeper { client } => zookeeper_mode(*client).await.map(|_| ()),
             }
         };
@@ -71,18 +61,10 @@ impl Probe {
             match self {
                 Self::Etcd { metrics } => {
                     let answer = http(*metrics, "GET", "/metrics", None, "").await?;
-                    Ok(answer
-                        .body
-                        .lines()
-                        .any(|line| line == "etcd_server_is_leader 1"))
+                    Ok(answer.body.lines().any(|line| line == "etcd_server_is_leader 1"))
                 }
-                Self::Redis(probe) => Ok(probe
-                    .ask(&["INFO", "replication"])
-                    .await?
-                    .contains("role:master")),
-                Self::Consul {
-                    http: port, token, ..
-                } => {
+                Self::Redis(probe) => Ok(probe.ask(&["INFO", "replication"]).await?.contains("role:master")),
+                Self::Consul { http: port, token, .. } => {
                     let answer = http(*port, "GET", "/v1/agent/self", token.as_ref(), "").await?;
                     let json: serde_json::Value = serde_json::from_str(&answer.body)?;
                     Ok(json["Stats"]["consul"]["leader"] == "true")
@@ -99,11 +81,7 @@ impl Probe {
 
 async fn etcd_ready(metrics: u16) -> io::Result<()> {
     let answer = http(metrics, "GET", "/health", None, "").await?;
-    if answer.body.contains("\"health\":\"true\"") {
-        Ok(())
-    } else {
-        Err(unexpected("/health", &answer))
-    }
+    if answer.body.contains("\"health\":\"true\"") { Ok(()) } else { Err(unexpected("/health", &answer)) }
 }
 
 /// A leader alone is not enough: writes fail until it has caught up, and sessions until the agent has
@@ -122,19 +100,13 @@ async fn consul_ready(port: u16, token: Option<&Secret>, node: &str) -> io::Resu
     let health = http(port, "GET", &path, token, "").await?;
     let checks: serde_json::Value = serde_json::from_str(&health.body).unwrap_or_default();
     let alive = checks.as_array().is_some_and(|checks| {
-        checks
-            .iter()
-            .any(|check| check["CheckID"] == "serfHealth" && check["Status"] == "passing")
+        checks.iter().any(|check| check["CheckID"] == "serfHealth" && check["Status"] == "passing")
     });
     if !alive {
         return Err(unexpected(&path, &health));
     }
     let delete = http(port, "DELETE", &key, token, "").await?;
-    if delete.status == 200 {
-        Ok(())
-    } else {
-        Err(unexpected("DELETE of a key", &delete))
-    }
+    if delete.status == 200 { Ok(()) } else { Err(unexpected("DELETE of a key", &delete)) }
 }
 
 async fn zookeeper_mode(port: u16) -> io::Result<String> {
@@ -236,45 +208,26 @@ struct Answer {
 }
 
 /// One HTTP/1.0 exchange, so that the answer ends with the connection and needs no parser.
-async fn http(
-    port: u16,
-    method: &str,
-    path: &str,
-    token: Option<&Secret>,
-    body: &str,
-) -> io::Result<Answer> {
+async fn http(port: u16, method: &str, path: &str, token: Option<&Secret>, body: &str) -> io::Result<Answer> {
     let mut stream = TcpStream::connect(loopback(port)).await?;
-    let token = token.map_or_else(String::new, |token| {
-        format!("X-Consul-Token: {}\r\n", token.expose())
-    });
-    let request = format!(
-        "{method} {path} HTTP/1.0\r\nHost: 127.0.0.1\r\n{token}Content-Length: {}\r\n\r\n{body}",
-        body.len()
-    );
+    let token = token.map_or_else(String::new, |token| format!("X-Consul-Token: {}\r\n", token.expose()));
+    let request =
+        format!("{method} {path} HTTP/1.0\r\nHost: 127.0.0.1\r\n{token}Content-Length: {}\r\n\r\n{body}", body.len());
     stream.write_all(request.as_bytes()).await?;
     let mut bytes = Vec::new();
     stream.take(16 << 20).read_to_end(&mut bytes).await?;
     let text = String::from_utf8_lossy(&bytes);
-    let (head, body) = text
-        .split_once("\r\n\r\n")
-        .ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
+    let (head, body) = text.split_once("\r\n\r\n").ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
     let status = head
         .split_whitespace()
         .nth(1)
         .and_then(|status| status.parse().ok())
         .ok_or_else(|| io::Error::other("the answer is not HTTP"))?;
-    Ok(Answer {
-        status,
-        body: body.to_owned(),
-    })
+    Ok(Answer { status, body: body.to_owned() })
 }
 
 fn unexpected(what: &str, answer: &Answer) -> io::Error {
-    io::Error::other(format!(
-        "{what} answered {} {:?}",
-        answer.status,
-        shortened(&answer.body)
-    ))
+    io::Error::other(format!("{what} answered {} {:?}", answer.status, shortened(&answer.body)))
 }
 
 fn shortened(text: &str) -> String {
@@ -286,9 +239,7 @@ impl fmt::Display for Probe {
         f.write_str(match self {
             Self::Etcd { .. } => "/health says true",
             Self::Redis(_) => "PING answers PONG",
-            Self::Consul { .. } => {
-                "there is a leader, a key can be written and serfHealth is passing"
-            }
+            Self::Consul { .. } => "there is a leader, a key can be written and serfHealth is passing",
             Self::ZooKeeper { .. } => "srvr names a mode",
         })
     }

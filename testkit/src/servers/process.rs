@@ -52,18 +52,13 @@ impl Process {
         // Servers read their settings from such variables; a test must not depend on the caller's shell.
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
-            if ["ETCD_", "CONSUL_", "ZOO", "JVMFLAGS", "SERVER_JVMFLAGS"]
-                .iter()
-                .any(|prefix| text.starts_with(prefix))
+            if ["ETCD_", "CONSUL_", "ZOO", "JVMFLAGS", "SERVER_JVMFLAGS"].iter().any(|prefix| text.starts_with(prefix))
             {
                 command.env_remove(&name);
             }
         }
         let mut supervisor = command.spawn()?;
-        let stdout = supervisor
-            .stdout
-            .take()
-            .expect("stdout was asked for as a pipe");
+        let stdout = supervisor.stdout.take().expect("stdout was asked for as a pipe");
         let mut line = String::new();
         let server = BufReader::new(stdout)
             .read_line(&mut line)
@@ -75,23 +70,18 @@ impl Process {
             None => {
                 drop(supervisor.stdin.take());
                 let status = supervisor.wait()?;
-                Err(io::Error::other(format!(
-                    "the supervising shell ended with {status} before it named the server"
-                )))
+                Err(io::Error::other(format!("the supervising shell ended with {status} before it named the server")))
             }
         }
     }
 
     /// How the server ended, or `None` while it runs.
     pub(crate) fn ended(&mut self) -> io::Result<Option<String>> {
-        Ok(self
-            .supervisor
-            .try_wait()?
-            .map(|status| match status.code() {
-                Some(code @ 129..=192) => format!("signal {}", code - 128),
-                Some(code) => format!("exit code {code}"),
-                None => status.to_string(),
-            }))
+        Ok(self.supervisor.try_wait()?.map(|status| match status.code() {
+            Some(code @ 129..=192) => format!("signal {}", code - 128),
+            Some(code) => format!("exit code {code}"),
+            None => status.to_string(),
+        }))
     }
 
     /// Signals the server itself, not its supervisor.

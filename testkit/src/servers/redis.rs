@@ -80,18 +80,14 @@ impl Redis {
     pub async fn sentinel(options: RedisOptions) -> Result<RedisSentinel, Error> {
         plain_only(&options, "sentinel")?;
         let primary = node(&options, "redis1", Role::Alone)?.started().await?;
-        let replica = node(&options, "redis2", Role::ReplicaOf(primary.port()))?
-            .started()
-            .await?;
+        let replica = node(&options, "redis2", Role::ReplicaOf(primary.port()))?.started().await?;
         let mut sentinels = Vec::new();
         for i in 1..=3 {
             let sentinel = sentinel(&options, &format!("sentinel{i}"), primary.port())?;
             sentinels.push(Arc::new(sentinel.started().await?));
         }
         until(&primary, "its replica is in sync", async || {
-            ask(&primary, &["INFO", "replication"])
-                .await
-                .is_some_and(|info| info.contains("state=online"))
+            ask(&primary, &["INFO", "replication"]).await.is_some_and(|info| info.contains("state=online"))
         })
         .await?;
         for sentinel in &sentinels {
@@ -102,10 +98,7 @@ impl Redis {
             })
             .await?;
         }
-        Ok(RedisSentinel {
-            data: [Arc::new(primary), Arc::new(replica)],
-            sentinels,
-        })
+        Ok(RedisSentinel { data: [Arc::new(primary), Arc::new(replica)], sentinels })
     }
 
     /// A Redis Cluster of three primaries, with a replica of each if asked, and a node timeout of 2 s.
@@ -212,10 +205,7 @@ impl RedisCluster {
             node.launch_empty().await?;
         }
         for (i, node) in self.nodes.iter().enumerate() {
-            until(node, "it answers PING", async || {
-                ask(node, &["PING"]).await.is_some_and(|it| it == "PONG")
-            })
-            .await?;
+            until(node, "it answers PING", async || ask(node, &["PING"]).await.is_some_and(|it| it == "PONG")).await?;
             // Distinct from the start: with equal epochs the nodes first argue about who owns what.
             let epoch = (i + 1).to_string();
             must(node, &["CLUSTER", "SET-CONFIG-EPOCH", &epoch]).await?;
@@ -232,9 +222,9 @@ impl RedisCluster {
         }
         for node in &self.nodes {
             until(node, "it has met all the others", async || {
-                ask(node, &["CLUSTER", "NODES"]).await.is_some_and(|list| {
-                    list.lines().count() == self.nodes.len() && !list.contains("handshake")
-                })
+                ask(node, &["CLUSTER", "NODES"])
+                    .await
+                    .is_some_and(|list| list.lines().count() == self.nodes.len() && !list.contains("handshake"))
             })
             .await?;
         }
@@ -254,17 +244,13 @@ impl RedisCluster {
         // A primary that is killed before its replica has finished the first sync never fails over.
         for (primary, _) in primaries.iter().zip(replicas) {
             until(primary, "its replica is in sync", async || {
-                ask(primary, &["INFO", "replication"])
-                    .await
-                    .is_some_and(|info| info.contains("state=online"))
+                ask(primary, &["INFO", "replication"]).await.is_some_and(|info| info.contains("state=online"))
             })
             .await?;
         }
         for replica in replicas {
             until(replica, "it is in sync", async || {
-                ask(replica, &["INFO", "replication"])
-                    .await
-                    .is_some_and(|info| info.contains("master_link_status:up"))
+                ask(replica, &["INFO", "replication"]).await.is_some_and(|info| info.contains("master_link_status:up"))
             })
             .await?;
         }
@@ -306,11 +292,7 @@ fn node(options: &RedisOptions, name: &str, role: Role) -> Result<Server, Error>
         args: vec![data.join("redis.conf").into()],
         seeds: vec![("redis.conf", lines.join("\n") + "\n")],
         client: number,
-        probe: Probe::Redis(RedisProbe {
-            door,
-            login: options.login.clone(),
-            in_cluster,
-        }),
+        probe: Probe::Redis(RedisProbe { door, login: options.login.clone(), in_cluster }),
         credentials: options.login.clone(),
         token: None,
         tls: options.tls.clone(),
@@ -381,11 +363,7 @@ fn sentinel(options: &RedisOptions, name: &str, primary: u16) -> Result<Server, 
         args: vec![data.join("sentinel.conf").into(), "--sentinel".into()],
         seeds: vec![("sentinel.conf", config)],
         client: port.number(),
-        probe: Probe::Redis(RedisProbe {
-            door: Door::Tcp(port.number()),
-            login: None,
-            in_cluster: false,
-        }),
+        probe: Probe::Redis(RedisProbe { door: Door::Tcp(port.number()), login: None, in_cluster: false }),
         credentials: None,
         token: None,
         tls: None,
@@ -421,8 +399,7 @@ fn plain_only(options: &RedisOptions, what: &str) -> Result<(), Error> {
 
 fn bus_port(node: &Server) -> Result<String, Error> {
     let bus = node.reserved_ports().next_back();
-    bus.map(|port| port.to_string())
-        .ok_or_else(|| node.not_ready("it has no cluster bus".to_owned()))
+    bus.map(|port| port.to_string()).ok_or_else(|| node.not_ready("it has no cluster bus".to_owned()))
 }
 
 fn addresses(nodes: &[Arc<Server>]) -> String {

@@ -34,9 +34,6 @@ pub struct Credentials {
 impl Credentials {
     /// A user with a password.
     pub fn new(user: impl Into<String>, password: impl Into<String>) -> Self {
-        Self {
-            user: user.into(),
-            password: Secret::new(password),
-        }
+        Self { user: user.into(), password: Secret::new(password) }
     }
 }

@@ -24,11 +24,7 @@ pub struct ZooKeeperOptions {
 impl Default for ZooKeeperOptions {
     /// A tick of 500 ms, so that sessions of 1 s are granted as asked.
     fn default() -> Self {
-        Self {
-            tick: Duration::from_millis(500),
-            tls: None,
-            extra_lines: Vec::new(),
-        }
+        Self { tick: Duration::from_millis(500), tls: None, extra_lines: Vec::new() }
     }
 }
 
@@ -71,19 +67,14 @@ impl ZooKeeper {
     ///
     /// A dropped start leaves no process behind.
     pub async fn cluster(options: ZooKeeperOptions) -> Result<Cluster, Error> {
-        let peers = (1..=3)
-            .map(|id| Peer::reserve(&format!("zookeeper{id}"), id, &options))
-            .collect::<Result<Vec<_>, _>>()?;
+        let peers =
+            (1..=3).map(|id| Peer::reserve(&format!("zookeeper{id}"), id, &options)).collect::<Result<Vec<_>, _>>()?;
         let mut ensemble = "initLimit=20\nsyncLimit=10\n".to_owned();
         for peer in &peers {
             let (quorum, election) = (peer.quorum.addr(), peer.election.number());
-            writeln!(ensemble, "server.{}={quorum}:{election}", peer.id)
-                .expect("writing to a String cannot fail");
+            writeln!(ensemble, "server.{}={quorum}:{election}", peer.id).expect("writing to a String cannot fail");
         }
-        let servers = peers
-            .into_iter()
-            .map(|peer| peer.server(&options, &ensemble))
-            .collect::<Result<Vec<_>, _>>()?;
+        let servers = peers.into_iter().map(|peer| peer.server(&options, &ensemble)).collect::<Result<Vec<_>, _>>()?;
         Cluster::started(servers).await
     }
 }
@@ -105,15 +96,9 @@ impl Peer {
         let program = find(&JAVA)?;
         let class_path = zookeeper_class_path()?;
         let data = self.home.data();
-        let factory = if options.tls.is_some() {
-            "NettyServerCnxnFactory"
-        } else {
-            "NIOServerCnxnFactory"
-        };
+        let factory = if options.tls.is_some() { "NettyServerCnxnFactory" } else { "NIOServerCnxnFactory" };
         let mut args: Vec<OsString> = JVM.iter().map(OsString::from).collect();
-        args.push(
-            format!("-Dzookeeper.serverCnxnFactory=org.apache.zookeeper.server.{factory}").into(),
-        );
+        args.push(format!("-Dzookeeper.serverCnxnFactory=org.apache.zookeeper.server.{factory}").into());
         args.extend(["-cp".into(), class_path]);
         args.push("org.apache.zookeeper.server.quorum.QuorumPeerMain".into());
         args.push(data.join("zoo.cfg").into());
@@ -123,14 +108,9 @@ impl Peer {
             name: self.name.clone(),
             program,
             args,
-            seeds: vec![
-                ("zoo.cfg", self.config(options, ensemble)),
-                ("myid", self.id.to_string()),
-            ],
+            seeds: vec![("zoo.cfg", self.config(options, ensemble)), ("myid", self.id.to_string())],
             client,
-            probe: Probe::ZooKeeper {
-                client: self.plain.number(),
-            },
+            probe: Probe::ZooKeeper { client: self.plain.number() },
             credentials: None,
             token: None,
             tls: options.tls.clone(),

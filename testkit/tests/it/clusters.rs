@@ -4,8 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use quorate_testkit::servers::{
-    Cluster, Consul, ConsulOptions, Error, Etcd, EtcdOptions, Redis, RedisOptions, ZooKeeper,
-    ZooKeeperOptions,
+    Cluster, Consul, ConsulOptions, Error, Etcd, EtcdOptions, Redis, RedisOptions, ZooKeeper, ZooKeeperOptions,
 };
 use tokio::time::{sleep, timeout};
 
@@ -29,9 +28,7 @@ async fn survives_its_leader(cluster: &Cluster) -> Outcome {
 #[tokio::test]
 async fn etcd_cluster_elects_another_leader_and_keeps_data() -> Outcome {
     let cluster = Etcd::cluster(EtcdOptions::default()).await?;
-    let ask = async |addr: SocketAddr, path: &str, body: &str| {
-        say(addr, &http("POST", path, "", body), "").await
-    };
+    let ask = async |addr: SocketAddr, path: &str, body: &str| say(addr, &http("POST", path, "", body), "").await;
     let put = r#"{"key":"a2V5","value":"dmFsdWU="}"#;
     ask(cluster.addrs()[0], "/v3/kv/put", put).await?;
     survives_its_leader(&cluster).await?;
@@ -113,12 +110,7 @@ async fn redis_cluster_without_replicas_serves_again_after_a_restart() -> Outcom
     let node = &cluster.nodes()[1];
     node.kill().await?;
     node.restart().await?;
-    let answer = say(
-        cluster.nodes()[0].addr(),
-        b"CLUSTER INFO\r\n",
-        "cluster_size",
-    )
-    .await?;
+    let answer = say(cluster.nodes()[0].addr(), b"CLUSTER INFO\r\n", "cluster_size").await?;
     assert!(answer.contains("cluster_state:ok"), "{answer}");
     Ok(())
 }

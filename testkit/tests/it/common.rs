@@ -53,27 +53,19 @@ pub(crate) async fn say_tls(
     roots.add(ca).map_err(|e| other(e.into()))?;
     let config = ClientConfig::builder().with_root_certificates(roots);
     let config = if with_certificate {
-        let cert =
-            CertificateDer::from_pem_file(files.client_cert()).map_err(|e| other(e.into()))?;
+        let cert = CertificateDer::from_pem_file(files.client_cert()).map_err(|e| other(e.into()))?;
         let key = PrivateKeyDer::from_pem_file(files.client_key()).map_err(|e| other(e.into()))?;
-        config
-            .with_client_auth_cert(vec![cert], key)
-            .map_err(|e| other(e.into()))?
+        config.with_client_auth_cert(vec![cert], key).map_err(|e| other(e.into()))?
     } else {
         config.with_no_client_auth()
     };
     let name = ServerName::try_from("127.0.0.1").map_err(|e| other(e.into()))?;
     let stream = TcpStream::connect(addr).await?;
-    let stream = TlsConnector::from(Arc::new(config))
-        .connect(name, stream)
-        .await?;
+    let stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
     exchange(stream, bytes, until).await
 }
 
 pub(crate) fn http(method: &str, path: &str, headers: &str, body: &str) -> Vec<u8> {
-    format!(
-        "{method} {path} HTTP/1.0\r\nHost: localhost\r\n{headers}Content-Length: {}\r\n\r\n{body}",
-        body.len()
-    )
-    .into_bytes()
+    format!("{method} {path} HTTP/1.0\r\nHost: localhost\r\n{headers}Content-Length: {}\r\n\r\n{body}", body.len())
+        .into_bytes()
 }

@@ -94,27 +94,29 @@ async fn turns_count_round_trips_and_pipelined_requests_once() -> Outcome {
         assert_eq!(echoed(&mut client, "ping").await?, "ping");
         assert_eq!(proxy.turns(), round);
     }
-    proxy.delay(Direction::ToClient, Duration::from_millis(50));
+    proxy.hold(Direction::ToServer);
     client.write_all(b"one").await?;
     tokio::task::yield_now().await;
     client.write_all(b"two").await?;
+    let both = async {
+        while proxy.counters().bytes_to_server < 26 {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    timeout(SOON, both).await?;
+    proxy.heal().await;
     read(&mut client, 6).await?;
     let counters = proxy.counters();
-    assert!((6..=7).contains(&counters.turns), "{counters:?}");
+    assert_eq!(counters.turns, 6, "{counters:?}");
     assert_eq!((counters.accepted, counters.open), (1, 1));
-    assert_eq!(
-        (counters.bytes_to_server, counters.bytes_to_client),
-        (26, 26)
-    );
+    assert_eq!((counters.bytes_to_server, counters.bytes_to_client), (26, 26));
     Ok(())
 }
 
 #[tokio::test]
 async fn large_streams_pass_unchanged_in_both_directions() -> Outcome {
     let (_echo, _proxy, client) = rig().await?;
-    let sent: Vec<u8> = (0..8_u32 << 20)
-        .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
-        .collect();
+    let sent: Vec<u8> = (0..8_u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let (mut from, mut to) = client.into_split();
     let expected = sent.clone();
     let writer = tokio::spawn(async move {
@@ -205,11 +207,7 @@ async fn swallowed_bytes_never_arrive_and_the_torn_connection_ends_with_heal() -
         proxy.blackhole(direction);
         client.write_all(b"lost").await?;
         assert!(is_silent(&mut client).await, "{direction:?}");
-        let reached = if direction == Direction::ToServer {
-            4
-        } else {
-            8
-        };
+        let reached = if direction == Direction::ToServer { 4 } else { 8 };
         assert_eq!(echo.received(), reached, "{direction:?}");
         assert_eq!(proxy.counters().bytes_swallowed, 4);
         proxy.heal().await;

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use crate::common::{Outcome, http, say, say_tls};
 use quorate_testkit::servers::{
-    Consul, ConsulOptions, Credentials, Error as ServerError, Etcd, EtcdOptions, Persistence,
-    Redis, RedisOptions, Secret, Server, ZooKeeper, ZooKeeperOptions,
+    Consul, ConsulOptions, Credentials, Error as ServerError, Etcd, EtcdOptions, Persistence, Redis, RedisOptions,
+    Secret, Server, ZooKeeper, ZooKeeperOptions,
 };
 use quorate_testkit::tls::TlsFiles;
 
@@ -55,24 +55,16 @@ async fn paused_server_answers_only_after_resume_and_can_be_stopped_while_paused
     server.pause()?;
     server.stop().await?;
     assert_eq!(server.pid(), None);
-    assert!(matches!(
-        server.pause(),
-        Err(ServerError::NotRunning { .. })
-    ));
+    assert!(matches!(server.pause(), Err(ServerError::NotRunning { .. })));
     Ok(())
 }
 
 #[tokio::test]
 async fn redis_keeps_data_over_kill_only_with_persistence() -> Outcome {
-    for (persistence, kept) in [
-        (Persistence::None, false),
-        (Persistence::EverySecond, true),
-        (Persistence::Always, true),
-    ] {
-        let options = RedisOptions {
-            persistence,
-            ..RedisOptions::default()
-        };
+    for (persistence, kept) in
+        [(Persistence::None, false), (Persistence::EverySecond, true), (Persistence::Always, true)]
+    {
+        let options = RedisOptions { persistence, ..RedisOptions::default() };
         let server = Redis::start(options).await?;
         say(server.addr(), b"SET key value\r\n", "OK").await?;
         server.kill().await?;
@@ -98,10 +90,7 @@ async fn redis_has_no_notifications_unless_asked() -> Outcome {
 #[tokio::test]
 async fn redis_refuses_clients_without_the_password() -> Outcome {
     for user in ["default", "alice"] {
-        let options = RedisOptions {
-            login: Some(Credentials::new(user, "hush")),
-            ..RedisOptions::default()
-        };
+        let options = RedisOptions { login: Some(Credentials::new(user, "hush")), ..RedisOptions::default() };
         assert!(!format!("{options:?}").contains("hush"));
         let server = Redis::start(options).await?;
         let answer = say(server.addr(), b"PING\r\n", "\r\n").await?;
@@ -170,21 +159,11 @@ async fn zookeeper_keeps_data_over_restart_and_loses_it_when_wiped() -> Outcome 
 /// A new session, then the creation of a persistent node, then the end of the session.
 fn zookeeper_create(path: &str) -> Vec<u8> {
     let frame = |body: Vec<u8>| {
-        let mut bytes = u32::try_from(body.len())
-            .unwrap_or_default()
-            .to_be_bytes()
-            .to_vec();
+        let mut bytes = u32::try_from(body.len()).unwrap_or_default().to_be_bytes().to_vec();
         bytes.extend(body);
         bytes
     };
-    let connect = [
-        &[0; 12][..],
-        &4000_u32.to_be_bytes(),
-        &[0; 8],
-        &16_u32.to_be_bytes(),
-        &[0; 16],
-    ]
-    .concat();
+    let connect = [&[0; 12][..], &4000_u32.to_be_bytes(), &[0; 8], &16_u32.to_be_bytes(), &[0; 16]].concat();
     let length = u32::try_from(path.len()).unwrap_or_default().to_be_bytes();
     let create = [
         &[0, 0, 0, 1, 0, 0, 0, 1][..], // xid 1, create
@@ -206,15 +185,9 @@ fn zookeeper_create(path: &str) -> Vec<u8> {
 
 #[tokio::test]
 async fn etcd_refuses_clients_without_the_password_also_after_wipe() -> Outcome {
-    let options = EtcdOptions {
-        root: Some(Credentials::new("root", "hush")),
-        ..EtcdOptions::default()
-    };
+    let options = EtcdOptions { root: Some(Credentials::new("root", "hush")), ..EtcdOptions::default() };
     let server = Etcd::start(options).await?;
-    let login = (
-        "/v3/auth/authenticate",
-        r#"{"name":"root","password":"hush"}"#,
-    );
+    let login = ("/v3/auth/authenticate", r#"{"name":"root","password":"hush"}"#);
     for wiped in [false, true] {
         let answer = etcd(server.addr(), ETCD_PUT).await?;
         assert!(answer.contains("user name is empty"), "{wiped}: {answer}");
@@ -242,15 +215,9 @@ async fn tls_servers_answer_only_clients_with_the_certificate() -> Outcome {
         login: Some(Credentials::new("default", "hush")),
         ..RedisOptions::default()
     });
-    let consul = Consul::start(ConsulOptions {
-        tls: some.clone(),
-        token: Some(Secret::new(TOKEN)),
-        ..ConsulOptions::default()
-    });
-    let zookeeper = ZooKeeper::start(ZooKeeperOptions {
-        tls: some,
-        ..ZooKeeperOptions::default()
-    });
+    let consul =
+        Consul::start(ConsulOptions { tls: some.clone(), token: Some(Secret::new(TOKEN)), ..ConsulOptions::default() });
+    let zookeeper = ZooKeeper::start(ZooKeeperOptions { tls: some, ..ZooKeeperOptions::default() });
     let leader = http("GET", "/v1/status/leader", "", "");
     let cases: [(Server, &[u8], &str); 4] = [
         (etcd.await?, b"GET /version HTTP/1.0\r\n\r\n", "etcdserver"),
@@ -290,14 +257,9 @@ async fn failed_start_shows_the_end_of_the_log() -> Outcome {
 
 #[tokio::test]
 async fn missing_program_is_named() -> Outcome {
-    let options = RedisOptions {
-        program: Some(PathBuf::from("no-such-redis")),
-        ..RedisOptions::default()
-    };
+    let options = RedisOptions { program: Some(PathBuf::from("no-such-redis")), ..RedisOptions::default() };
     let error = Redis::start(options).await.err().ok_or("it started")?;
-    assert!(
-        matches!(&error, ServerError::MissingProgram { program, .. } if program == "no-such-redis")
-    );
+    assert!(matches!(&error, ServerError::MissingProgram { program, .. } if program == "no-such-redis"));
     Ok(())
 }
 
@@ -315,11 +277,7 @@ async fn restart_refuses_a_port_that_another_process_took() -> Outcome {
 
 #[test]
 fn server_outlives_the_runtime_that_started_it_and_dies_with_its_handle() -> Outcome {
-    let runtime = || {
-        tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-    };
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build();
     let server = runtime()?.block_on(Redis::start(RedisOptions::default()))?;
     runtime()?.block_on(async { server.restart().await })?;
     let (pid, data) = (server.pid().ok_or("it is down")?, server.data_dir());
@@ -330,9 +288,7 @@ fn server_outlives_the_runtime_that_started_it_and_dies_with_its_handle() -> Out
 
 #[tokio::test]
 async fn sigkill_of_the_starter_kills_the_server_and_deletes_its_data() -> Outcome {
-    let mut holder = Command::new(example("holder")?)
-        .stdout(Stdio::piped())
-        .spawn()?;
+    let mut holder = Command::new(example("holder")?).stdout(Stdio::piped()).spawn()?;
     let mut line = String::new();
     BufReader::new(holder.stdout.take().ok_or("no stdout")?).read_line(&mut line)?;
     let words: Vec<&str> = line.split_whitespace().collect();
@@ -363,7 +319,5 @@ fn example(name: &str) -> Result<PathBuf, Box<dyn Error>> {
     let test = std::env::current_exe()?;
     let profile = test.ancestors().nth(2).ok_or("no profile folder")?;
     let path = profile.join("examples").join(name);
-    path.is_file()
-        .then_some(path)
-        .ok_or_else(|| "build it with `cargo build --examples` first".into())
+    path.is_file().then_some(path).ok_or_else(|| "build it with `cargo build --examples` first".into())
 }
