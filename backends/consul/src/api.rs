@@ -140,6 +140,11 @@ impl<'a> Op<'a> {
         op
     }
 
+    /// Deletes every key that starts with this; leaves one tombstone.
+    pub(crate) fn delete_tree(prefix: impl Into<Cow<'a, str>>) -> Self {
+        Self::new("delete-tree", prefix)
+    }
+
     /// Returns every key that starts with this.
     pub(crate) fn get_tree(prefix: impl Into<Cow<'a, str>>) -> Self {
         Self::new("get-tree", prefix)

@@ -67,8 +67,8 @@ pub(crate) struct Http {
     client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     settings: Settings,
     health: Endpoints,
-    /// The agent that calls go to now, for those that are blocked at another one.
-    current: watch::Sender<usize>,
+    /// Calls may have moved to another agent: those that are blocked look where.
+    moved: watch::Sender<()>,
     // Blocked queries are counted elsewhere: they would starve everything else.
     slots: Semaphore,
 }
@@ -114,9 +114,8 @@ impl Http {
             .pool_max_idle_per_host(settings.connections)
             .build(connector);
         let health = Endpoints::new(settings.agents.len());
-        let current = watch::Sender::new(health.pick());
         let slots = Semaphore::new(settings.connections);
-        Ok(Self { client, settings, health, current, slots })
+        Ok(Self { client, settings, health, moved: watch::Sender::new(()), slots })
     }
 
     pub(crate) fn settings(&self) -> &Settings {
@@ -130,8 +129,9 @@ impl Http {
 
     /// Leaves an agent that does not answer, or cannot serve.
     pub(crate) fn leave(&self, agent: usize) {
-        let next = self.health.failed(agent);
-        self.current.send_if_modified(|current| std::mem::replace(current, next) != next);
+        if self.health.failed(agent) != agent {
+            self.moved.send_replace(());
+        }
     }
 
     /// Names an agent in messages.
@@ -172,14 +172,16 @@ impl Http {
 
     /// Returns when calls have gone to another agent for some time.
     async fn abandoned(&self, agent: usize) {
-        let mut current = self.current.subscribe();
+        let mut moved = self.moved.subscribe();
         loop {
-            if current.wait_for(|now| *now != agent).await.is_err() {
-                return std::future::pending().await;
+            while self.health.pick() == agent {
+                if moved.changed().await.is_err() {
+                    return std::future::pending().await;
+                }
             }
             // Long enough for an answer that is on its way, and for a change of mind.
             sleep(ABANDONED_AFTER).await;
-            if *current.borrow_and_update() != agent {
+            if self.health.pick() != agent {
                 return;
             }
         }

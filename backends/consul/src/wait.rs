@@ -30,7 +30,7 @@ use tokio::{
 };
 
 use crate::{
-    api::{Api, Found, How},
+    api::{Api, How},
     line::Lines,
     path::Space,
     txn::ticket_path,
@@ -158,7 +158,8 @@ impl Shared {
         let mut pause = Pause::default();
         loop {
             match self.api.get(OP, path, How::since(index, WAIT)).await {
-                Ok(Found { items, .. }) if items.is_empty() => {
+                // Of a later state than the ticket, or from a majority: a deposed leader must not wake anybody.
+                Ok(found) if found.items.is_empty() && found.index > index => {
                     self.lines.left(ticket);
                     if let Some(gone) = lock(&self.tickets).remove(path) {
                         gone.send_replace(true);
@@ -166,7 +167,7 @@ impl Shared {
                     return;
                 }
                 Ok(found) => {
-                    index = next_index(index, found.index);
+                    index = if found.items.is_empty() { 0 } else { next_index(index, found.index) };
                     pause = Pause::default();
                 }
                 Err(error) => {

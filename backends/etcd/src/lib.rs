@@ -6,6 +6,7 @@ mod error;
 mod lease;
 mod line;
 mod path;
+mod reuse;
 mod stream;
 mod txn;
 mod watch;
@@ -38,7 +39,7 @@ pub(crate) struct Inner {
     streams: stream::Streams,
     tasks: Arc<stream::Tasks>,
     keep_alives: lease::KeepAlives,
-    tokens: line::Tokens,
+    keys: reuse::Keys,
 }
 
 impl Etcd {
@@ -56,8 +57,8 @@ impl Etcd {
         pool.prove(&layout.probe()).await?;
         let tasks = Arc::new(stream::Tasks::new());
         let streams = stream::Streams::new(pool.clone(), tasks.clone());
-        let (keep_alives, tokens) = (lease::KeepAlives::default(), line::Tokens::default());
-        let inner = Arc::new(Inner { pool, layout, streams, tasks, keep_alives, tokens });
+        let (keep_alives, keys) = (lease::KeepAlives::default(), reuse::Keys::default());
+        let inner = Arc::new(Inner { pool, layout, streams, tasks, keep_alives, keys });
         Ok(Self { profile: profile(), inner })
     }
 }

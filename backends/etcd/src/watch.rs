@@ -15,7 +15,7 @@ use tokio::time::{sleep, timeout};
 use crate::{
     Inner,
     error::{Call, Fault},
-    path::lease_id,
+    path::{lease_id, revision},
     stream::{Ending, Signal, Watching},
 };
 
@@ -163,9 +163,4 @@ pub(crate) fn entry(inner: &Inner, call: Call, range: &KeyRange, kv: KeyValue) -
     let lease = (kv.lease() != 0).then(|| lease_id(kv.lease()));
     let (_, value) = kv.into_key_value();
     Ok(Entry { key, value: Bytes::from(value), created, modified, lease })
-}
-
-/// etcd's revisions are positive.
-pub(crate) fn revision(number: i64) -> Revision {
-    Revision(number.max(0).cast_unsigned())
 }

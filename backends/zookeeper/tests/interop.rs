@@ -1,5 +1,7 @@
 //! The same locks as other clients of ZooKeeper: Apache Curator and kazoo, the real ones.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 mod support;
 
 use std::{
@@ -46,8 +48,14 @@ impl Foreign {
 
     async fn curator(server: &quorate_testkit::servers::Server) -> Self {
         const NEEDED: [&str; 8] = [
-            "curator-recipes", "curator-framework", "curator-client", "guava", "zookeeper", "zookeeper-jute",
-            "slf4j-api", "slf4j-nop",
+            "curator-recipes",
+            "curator-framework",
+            "curator-client",
+            "guava",
+            "zookeeper",
+            "zookeeper-jute",
+            "slf4j-api",
+            "slf4j-nop",
         ];
         let jar = |name: &str| Path::new("/usr/share/java").join(format!("{name}.jar"));
         for name in NEEDED {
@@ -91,20 +99,17 @@ async fn they_and_we_take_turns(server: &quorate_testkit::servers::Server, mut t
     let ours = join(&backend, &line("jobs"), &lease.id).await;
     assert_eq!(ours.ahead, []);
     they.order("acquire /tests/lock/jobs").await;
-    until("they stand in line", PATIENCE, async || {
-        backend.line(&line("jobs")).await.unwrap().tickets.len() == 2
-    })
-    .await;
+    until("they stand in line", PATIENCE, async || backend.line(&line("jobs")).await.unwrap().tickets.len() == 2).await;
     they.is_silent().await;
     let theirs = backend.line(&line("jobs")).await.unwrap().tickets[1].clone();
     assert_eq!(theirs.kind, TicketKind::Lock);
     let behind = join(&backend, &line("jobs"), &lease.id).await;
-    assert_eq!(behind.ahead, [theirs.clone()]);
+    assert_eq!(behind.ahead, std::slice::from_ref(&theirs));
 
     let release = commit(&backend, [standing(&ours)], [Write::Leave(ours.ticket.clone())]).await.unwrap();
     assert!(release.applied);
     they.hears("acquired").await;
-    assert_eq!(backend.look(&behind.ticket, 1).await.unwrap().unwrap().ahead, [theirs.clone()]);
+    assert_eq!(backend.look(&behind.ticket, 1).await.unwrap().unwrap().ahead, std::slice::from_ref(&theirs));
     let waiting = tokio::spawn({
         let (backend, theirs) = (backend.clone(), theirs.clone());
         async move { backend.gone(&theirs).await }
@@ -175,4 +180,58 @@ async fn curators_read_write_lock_and_our_tickets_respect_each_other() {
     curator.is_silent().await;
     leave(&backend, &writer.ticket).await;
     curator.hears("read").await;
+}
+
+/// Joins and waits until nobody is ahead.
+async fn acquire(backend: &quorate_zookeeper::ZooKeeper, place: quorate_core::Place) -> quorate_core::Place {
+    let mut place = place;
+    while let Some(nearest) = place.ahead.first() {
+        backend.gone(nearest).await.unwrap();
+        place = backend.look(&place.ticket, 1).await.unwrap().expect("it stands");
+    }
+    place
+}
+
+/// Two of ours, in processes of their own as far as the server can tell, and kazoo. Most of the time the line is empty or
+/// nearly so, which is when it is claimed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_count_is_lost_between_kazoo_and_us() {
+    let server = server().await;
+    let mut kazoo = Foreign::kazoo(&server).await;
+    // A place that goes with the server.
+    let file = server.data_dir().join("count");
+    std::fs::write(&file, "0").unwrap();
+    // Made by us, so that it is claimed from the first time on.
+    let first = client(&server).await;
+    let lease = keep(&first, TTL).await;
+    leave(&first, &join(&first, &line("count"), &lease.id).await.ticket).await;
+    kazoo.order(&format!("count /tests/lock/count,{}", file.display())).await;
+    let ours: Vec<_> = (0..2)
+        .map(|us| {
+            let (addr, file) = (server.addr(), file.clone());
+            tokio::spawn(async move {
+                let backend = connect(&config(&[addr])).await;
+                let lease = keep(&backend, TTL).await;
+                let mut last = quorate_core::Revision(0);
+                for round in 0..100_u64 {
+                    let place = join(&backend, &line("count"), &lease.id).await;
+                    let place = acquire(&backend, place).await;
+                    assert!(place.token > last, "tokens rise");
+                    last = place.token;
+                    let count: u64 = std::fs::read_to_string(&file).unwrap().parse().unwrap();
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                    std::fs::write(&file, (count + 1).to_string()).unwrap();
+                    leave(&backend, &place.ticket).await;
+                    if round % 3 == us {
+                        tokio::time::sleep(Duration::from_millis(3)).await;
+                    }
+                }
+            })
+        })
+        .collect();
+    for task in ours {
+        task.await.unwrap();
+    }
+    kazoo.hears("counted").await;
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "300");
 }

@@ -1,5 +1,7 @@
 //! Servers that restart, connections that break, endpoints that are dead.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 mod support;
 
 use std::{sync::Arc, time::Duration};
@@ -89,9 +91,11 @@ async fn after_a_wiped_restart_leases_are_lost_and_everything_else_begins_anew()
 
     server.restart_wiped().await.unwrap();
 
-    until("the lease is lost", PATIENCE, async || {
-        matches!(backend.renew(&lease).await, Err(e) if e.kind() == ErrorKind::SessionLost)
-    })
+    until(
+        "the lease is lost",
+        PATIENCE,
+        async || matches!(backend.renew(&lease).await, Err(e) if e.kind() == ErrorKind::SessionLost),
+    )
     .await;
     assert_eq!(next_reset(&mut watch).await.entries, []);
     assert_eq!(backend.look(&place.ticket, 1).await.unwrap(), None);
@@ -234,9 +238,11 @@ async fn a_client_that_is_cut_off_loses_its_lease_in_time_and_not_before() {
     let promised = sound.profile().expiry_lag;
     assert!(lag <= promised + Duration::from_millis(500), "{lag:?} late, {promised:?} promised");
     proxy.heal().await;
-    until("the loss is told", PATIENCE, async || {
-        matches!(cut.renew(&lease.id).await, Err(e) if e.kind() == ErrorKind::SessionLost)
-    })
+    until(
+        "the loss is told",
+        PATIENCE,
+        async || matches!(cut.renew(&lease.id).await, Err(e) if e.kind() == ErrorKind::SessionLost),
+    )
     .await;
     let late = commit(&cut, [], [put_on(&lease.id, &key("a"), "1")]).await.unwrap_err();
     assert_eq!(late.kind(), ErrorKind::SessionLost);
