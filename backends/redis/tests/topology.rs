@@ -59,7 +59,7 @@ async fn after_a_failover_locks_survive_or_are_reported_lost_and_tokens_rise() {
     old.launch().await.unwrap();
     for _ in 0..20 {
         let third = open(&Config::parse(&url).unwrap()).await;
-        assert_eq!(third.line(&line).await.unwrap().tickets, [next.ticket.clone()]);
+        assert_eq!(third.line(&line).await.unwrap().tickets, std::slice::from_ref(&next.ticket));
     }
 }
 
