@@ -47,6 +47,9 @@
 //! the namespace would. If that clock is set forward, leases end early, as any expiry on Redis
 //! does; if it is set back, they last longer.
 //!
+//! A lease ends in one step with all that stands on it. A hundred thousand keys on one lease were seen to take 3 s on a
+//! busy machine, in which the server serves nobody else; some thousands are no trouble.
+//!
 //! A server out of memory refuses what adds data (`Backend`), never renewals, releases, deletions and reads.
 //!
 //! There is no option for `WAIT`: it says how many replicas have a write, but takes nothing back if they are too
