@@ -87,6 +87,7 @@ pub(crate) async fn grant(inner: &Inner, ttl: Duration) -> Result<Lease> {
 pub(crate) async fn revoke(inner: &Inner, lease: &LeaseId) -> Result<()> {
     let id = lease_number("revoke", lease)?;
     drop(inner.keep_alives.take(id));
+    inner.keys.forget(id);
     let revoked = inner.pool.call(Call::write("revoke"), |c| {
         let mut lease = c.lease.clone();
         async move { lease.revoke(id).await }
@@ -111,6 +112,7 @@ async fn renew_number(inner: &Inner, id: i64) -> Result<Duration, Fault> {
     let mut stream = renewed?;
     inner.pool.praise(&link);
     if stream.ttl.is_zero() {
+        inner.keys.forget(id);
         return Err(lease_ended());
     }
     stream.ends = Instant::now() + stream.ttl;

@@ -1,15 +1,17 @@
 //! Where keys and tickets are stored, and how tickets are named.
 //!
-//! Promise: a key is `<namespace>/<dir>/<encoded name>`; a ticket is `<namespace>/<line>/<name>`, where quorate's own
-//! names are `<lease in lower-case hex>-<nonce in 32 hex digits>`, followed by `-r` or `-w` in a read–write line. That
+//! Promise: a key is stored as `<namespace>/<dir>/<encoded name>`; a ticket as `<namespace>/<line>/<key>`, where the keys of
+//! quorate's tickets are `<lease in lower-case hex>-<32 hex digits>`, followed by `-r` or `-w` in a read–write line. That
 //! is the layout of Go's `concurrency` package and `etcdctl lock` with something behind the lease, so those count our
-//! tickets as contenders and we count theirs.
+//! tickets as contenders and we count theirs. Keys may be used again, here and there; a ticket's name is
+//! therefore `<key>@<create revision>`, which is unique for ever.
 
-use std::sync::Arc;
+use quorate_core::{Dir, Error, ErrorKind, Key, KeyRange, LeaseId, Result, Revision, Ticket, TicketKind};
 
-use quorate_core::{Dir, Enqueue, Error, ErrorKind, Key, KeyRange, LeaseId, Result, Ticket, TicketKind};
-
-use crate::BACKEND;
+use crate::{
+    BACKEND,
+    reuse::{Family, StoredKey},
+};
 
 /// The place of the namespace in etcd's flat key space.
 #[derive(Debug, Clone)]
@@ -46,8 +48,8 @@ impl Layout {
         self.join(key.dir(), key.encoded())
     }
 
-    pub(crate) fn ticket(&self, ticket: &Ticket) -> Vec<u8> {
-        self.join(&ticket.line, &ticket.name)
+    pub(crate) fn ticket(&self, ticket: &Named<'_>) -> Vec<u8> {
+        self.join(ticket.line, ticket.stored)
     }
 
     /// The prefix that all keys or tickets of a directory share.
@@ -81,38 +83,76 @@ impl Layout {
     }
 }
 
-/// The name of the ticket that this entry asks for. The same entry has the same name.
-pub(crate) fn ticket_of(entry: &Enqueue) -> Ticket {
-    let suffix = match entry.kind {
+/// A ticket's name, taken apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Named<'a> {
+    pub(crate) line: &'a Dir,
+    /// The stored key, within the line.
+    pub(crate) stored: &'a str,
+    /// The revision that created it.
+    pub(crate) token: i64,
+}
+
+/// Takes a ticket's name apart.
+///
+/// # Errors
+/// `InvalidInput` if the name is not one of this backend's.
+pub(crate) fn named<'a>(operation: &'static str, ticket: &'a Ticket) -> Result<Named<'a>> {
+    let parts = ticket.name.rsplit_once('@');
+    let parts = parts.and_then(|(stored, token)| Some((stored, token.parse::<i64>().ok().filter(|t| *t > 0)?)));
+    let Some((stored, token)) = parts else {
+        let message = "not a ticket of this backend: its name does not end in the revision of its creation";
+        return Err(Error::invalid(operation, message).key(ticket).on(BACKEND));
+    };
+    Ok(Named { line: &ticket.line, stored, token })
+}
+
+/// The ticket under a stored key.
+pub(crate) fn ticket(line: &Dir, stored: &str, token: i64) -> Ticket {
+    let kind = own(stored).map_or(TicketKind::Lock, |(_, _, kind)| kind);
+    Ticket { line: line.clone(), name: format!("{stored}@{token}").into(), kind }
+}
+
+fn suffix(kind: TicketKind) -> &'static str {
+    match kind {
         TicketKind::Lock => "",
         TicketKind::Read => "-r",
         TicketKind::Write => "-w",
-    };
-    let name = format!("{}-{}{suffix}", entry.lease, entry.nonce);
-    Ticket { line: entry.line.clone(), name: name.into(), kind: entry.kind }
-}
-
-/// A ticket by its stored name. A name that is not in quorate's layout belongs to another client's lock.
-pub(crate) fn ticket(line: &Dir, name: &str) -> Ticket {
-    Ticket { line: line.clone(), name: Arc::from(name), kind: kind_of(name) }
-}
-
-fn kind_of(name: &str) -> TicketKind {
-    let (base, kind) = match name.rsplit_once('-') {
-        Some((base, "r")) => (base, TicketKind::Read),
-        Some((base, "w")) => (base, TicketKind::Write),
-        _ => return TicketKind::Lock,
-    };
-    let hex = |text: &str| text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-    match base.split_once('-') {
-        Some((lease, nonce)) if !lease.is_empty() && nonce.len() == 32 && hex(lease) && hex(nonce) => kind,
-        _ => TicketKind::Lock,
     }
+}
+
+/// What quorate's tickets are stored as.
+pub(crate) fn stored(key: &StoredKey) -> String {
+    format!("{:x}-{:032x}{}", key.family.lease.cast_unsigned(), key.tag, suffix(key.family.kind))
+}
+
+/// The stored key of a ticket that is in quorate's layout.
+pub(crate) fn stored_key(named: &Named<'_>) -> Option<StoredKey> {
+    let (lease, tag, kind) = own(named.stored)?;
+    Some(StoredKey { family: Family { line: named.line.clone(), lease, kind }, tag })
+}
+
+/// Lease, tag and kind, if the key is in quorate's layout; otherwise it belongs to another client's lock.
+fn own(stored: &str) -> Option<(i64, u128, TicketKind)> {
+    let kinds = [TicketKind::Read, TicketKind::Write];
+    let kind = kinds.into_iter().find(|kind| stored.ends_with(suffix(*kind))).unwrap_or(TicketKind::Lock);
+    let (lease, tag) = stored.strip_suffix(suffix(kind))?.split_once('-')?;
+    let hex = |text: &str| text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    if tag.len() != 32 || !hex(tag) || !hex(lease) {
+        return None;
+    }
+    let lease = u64::from_str_radix(lease, 16).ok()?.cast_signed();
+    Some((lease, u128::from_str_radix(tag, 16).ok()?, kind))
 }
 
 /// A lease by etcd's number, in the form that Go's clients use in keys.
 pub(crate) fn lease_id(id: i64) -> LeaseId {
     LeaseId::new(format!("{:x}", id.cast_unsigned()))
+}
+
+/// etcd's revisions are positive.
+pub(crate) fn revision(number: i64) -> Revision {
+    Revision(number.max(0).cast_unsigned())
 }
 
 /// etcd's number for a lease.
@@ -129,8 +169,6 @@ pub(crate) fn lease_number(operation: &'static str, lease: &LeaseId) -> Result<i
 
 #[cfg(test)]
 mod tests {
-    use quorate_core::Nonce;
-
     use super::*;
 
     fn line() -> Dir {
@@ -151,21 +189,27 @@ mod tests {
     #[test]
     fn a_ticket_of_ours_tells_its_kind_and_a_foreign_one_is_a_lock() {
         for kind in [TicketKind::Lock, TicketKind::Read, TicketKind::Write] {
-            let entry = Enqueue {
-                line: line(),
-                kind,
-                lease: lease_id(0x694d_7d9f_51a2),
-                nonce: Nonce(7),
-                value: bytes::Bytes::new(),
-                depth: 1,
-                when_free: false,
-            };
-            let ours = ticket_of(&entry);
-            assert!(ours.name.starts_with("694d7d9f51a2-00000000000000000000000000000007"));
-            assert_eq!(ticket(&line(), &ours.name), ours);
+            let key = StoredKey { family: Family { line: line(), lease: 0x694d_7d9f_51a2, kind }, tag: 7 };
+            assert!(stored(&key).starts_with("694d7d9f51a2-00000000000000000000000000000007"));
+            let ours = ticket(&line(), &stored(&key), 12);
+            assert_eq!(ours.kind, kind);
+            let named = named("look", &ours).unwrap();
+            assert_eq!(named.token, 12);
+            assert_eq!(stored_key(&named), Some(key));
         }
-        for foreign in ["694d7d9f51a2", "694d7d9f51a2-r", "host-w", "x-0123456789abcdef0123456789abcdef-r", ""] {
-            assert_eq!(ticket(&line(), foreign).kind, TicketKind::Lock, "{foreign}");
+        for foreign in ["694d7d9f51a2", "694d7d9f51a2-r", "host-w", "x-0123456789abcdef0123456789abcdef-r", "", "a@b"] {
+            let theirs = ticket(&line(), foreign, 5);
+            assert_eq!(theirs.kind, TicketKind::Lock, "{foreign}");
+            let named = named("look", &theirs).unwrap();
+            assert_eq!((named.stored, named.token, stored_key(&named)), (foreign, 5, None));
+        }
+    }
+
+    #[test]
+    fn a_name_from_elsewhere_is_refused() {
+        for name in ["", "x", "@", "x@", "x@0", "x@-1", "x@y", "x@99999999999999999999"] {
+            let ticket = Ticket { line: line(), name: name.into(), kind: TicketKind::Lock };
+            assert_eq!(named("look", &ticket).unwrap_err().kind(), ErrorKind::InvalidInput, "{name}");
         }
     }
 

@@ -63,94 +63,129 @@ async fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
     let url = std::env::args().nth(1).ok_or("give the URL of a server")?;
     let config = Config::parse(&url)?;
     let backend = Arc::new(ZooKeeper::connect(&config).await?);
+    let raw = Client::connector().connect(&config.endpoints.join(",")).await?;
+    let namespace = format!("/{}", config.namespace);
+    lines(&backend, &raw, &namespace).await?;
+    keys(&backend, &raw, &namespace).await?;
+    for depth in [2, 100, 1000] {
+        hand_over(&backend, depth).await?.show(&format!("hand-over in a line of {depth}"));
+    }
+    Ok(())
+}
+
+fn show<const N: usize>(times: [Times; N], names: [&str; N]) {
+    for (times, name) in times.into_iter().zip(names) {
+        times.show(name);
+    }
+}
+
+/// Taken in turns, as everything here, so that all meet the same weather.
+async fn lines(
+    backend: &ZooKeeper,
+    raw: &Client,
+    namespace: &str,
+) -> std::result::Result<(), Box<dyn std::error::Error>> {
     let lease = backend.grant(Duration::from_secs(30)).await?.id;
     let mut keep = Keep(Instant::now());
-    let line = Dir::new(["lock", "cost"])?;
-    backend.commit(&release(&join(&backend, &line, &lease).await?)).await?;
-
-    let busy = Dir::new(["lock", "busy"])?;
-    join(&backend, &busy, &lease).await?;
-    backend.commit(&release(&join(&backend, &line, &lease).await?)).await?;
-
-    let raw = Client::connector().connect(&config.endpoints.join(",")).await?;
+    let (empty, busy) = (Dir::new(["lock", "empty"])?, Dir::new(["lock", "busy"])?);
+    backend.commit(&release(&join(backend, &empty, &lease).await?)).await?;
+    join(backend, &busy, &lease).await?;
     let acls = CreateMode::EphemeralSequential.with_acls(Acls::anyone_all());
-    let dir = format!("/{}/lock/cost", config.namespace);
+    let dir = format!("{namespace}/lock/busy");
     let path = format!("{dir}/_c_01234567-89ab-cdef-0123-456789abcdef-lock-");
-    let mut times: [Times; 11] = Default::default();
-    let kv = Dir::new(["kv"])?;
-    let (key, fenced) = (Key::new(&kv, "plain")?, Key::new(&kv, "fenced")?);
-    let put = |key: &Key| Write::Put { key: key.clone(), value: "value".into(), lease: None };
-    let standing = join(&backend, &Dir::new(["lock", "fence"])?, &lease).await?;
-    let mut modified = backend.commit(&Txn { checks: vec![], writes: vec![put(&key)] }).await?.revision;
-    let plain = format!("/{}/kv/plain", config.namespace);
-    // Taken in turns, so that all meet the same weather.
+    let mut times: [Times; 6] = Default::default();
     for _ in 0..ROUNDS {
-        keep.renew(&backend, &lease).await?;
+        keep.renew(backend, &lease).await?;
+        let t = Instant::now();
+        let (_, sequence) = raw.create(&path, b"owner", &acls).await?;
+        times[0].0.push(t.elapsed());
+        let t = Instant::now();
+        raw.delete(&format!("{path}{sequence}"), None).await?;
+        times[1].0.push(t.elapsed());
+        let t = Instant::now();
+        let place = join(backend, &empty, &lease).await?;
+        times[2].0.push(t.elapsed());
+        let t = Instant::now();
+        backend.commit(&release(&place)).await?;
+        times[3].0.push(t.elapsed());
         let t = Instant::now();
         let created = raw.create(&path, b"owner", &acls);
         let listed = raw.list_children(&dir);
         let (_, sequence) = created.await?;
         listed.await?;
-        times[0].0.push(t.elapsed());
-        let t = Instant::now();
+        times[4].0.push(t.elapsed());
         raw.delete(&format!("{path}{sequence}"), None).await?;
-        times[1].0.push(t.elapsed());
-
         let t = Instant::now();
-        let place = join(&backend, &line, &lease).await?;
-        times[2].0.push(t.elapsed());
-        let t = Instant::now();
+        let place = join(backend, &busy, &lease).await?;
+        times[5].0.push(t.elapsed());
         backend.commit(&release(&place)).await?;
-        times[3].0.push(t.elapsed());
+    }
+    show(
+        times,
+        [
+            "raw: create",
+            "raw: delete",
+            "enqueue, line empty",
+            "release",
+            "raw: create + list, together",
+            "enqueue, line occupied",
+        ],
+    );
+    Ok(backend.revoke(&lease).await?)
+}
 
-        let t = Instant::now();
-        let place = join(&backend, &busy, &lease).await?;
-        times[9].0.push(t.elapsed());
-        backend.commit(&release(&place)).await?;
-        let t = Instant::now();
-        let (_, sequence) = raw.create(&path, b"owner", &acls).await?;
-        times[10].0.push(t.elapsed());
-        raw.delete(&format!("{path}{sequence}"), None).await?;
-
+async fn keys(
+    backend: &ZooKeeper,
+    raw: &Client,
+    namespace: &str,
+) -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let lease = backend.grant(Duration::from_secs(30)).await?.id;
+    let mut keep = Keep(Instant::now());
+    let kv = Dir::new(["kv"])?;
+    let (key, fenced) = (Key::new(&kv, "plain")?, Key::new(&kv, "fenced")?);
+    let put = |key: &Key, checks: Vec<Check>| Txn {
+        checks,
+        writes: vec![Write::Put { key: key.clone(), value: "value".into(), lease: None }],
+    };
+    let standing = join(backend, &Dir::new(["lock", "fence"])?, &lease).await?;
+    backend.commit(&put(&key, vec![])).await?;
+    let plain = format!("{namespace}/kv/plain");
+    let mut times: [Times; 6] = Default::default();
+    for _ in 0..ROUNDS {
+        keep.renew(backend, &lease).await?;
         let t = Instant::now();
         raw.set_data(&plain, b"value", None).await?;
+        times[0].0.push(t.elapsed());
+        let t = Instant::now();
+        backend.commit(&put(&key, vec![])).await?;
+        times[1].0.push(t.elapsed());
+        let t = Instant::now();
+        raw.get_data(&plain).await?;
+        times[2].0.push(t.elapsed());
+        let t = Instant::now();
+        let entry = backend.read(&KeyRange::One(key.clone())).await?.entries.pop().ok_or("it is there")?;
+        times[3].0.push(t.elapsed());
+        let t = Instant::now();
+        let check = Check::Unchanged { key: key.clone(), modified: entry.modified };
+        assert!(backend.commit(&put(&key, vec![check])).await?.applied);
         times[4].0.push(t.elapsed());
         let t = Instant::now();
-        backend.commit(&Txn { checks: vec![], writes: vec![put(&key)] }).await?;
-        times[5].0.push(t.elapsed());
-        let t = Instant::now();
-        modified = backend.read(&KeyRange::One(key.clone())).await?.entries.first().map_or(modified, |e| e.modified);
-        times[6].0.push(t.elapsed());
-        let t = Instant::now();
-        let check = Check::Unchanged { key: key.clone(), modified };
-        assert!(backend.commit(&Txn { checks: vec![check], writes: vec![put(&key)] }).await?.applied);
-        times[7].0.push(t.elapsed());
-        let t = Instant::now();
         let check = Check::Standing { ticket: standing.ticket.clone(), token: standing.token };
-        assert!(backend.commit(&Txn { checks: vec![check], writes: vec![put(&fenced)] }).await?.applied);
-        times[8].0.push(t.elapsed());
+        assert!(backend.commit(&put(&fenced, vec![check])).await?.applied);
+        times[5].0.push(t.elapsed());
     }
-    let names = [
-        "raw: create + list, together",
-        "raw: delete",
-        "enqueue, line empty",
-        "release",
-        "raw: set",
-        "put",
-        "read (sync + generation + get)",
-        "compare-and-swap after a read",
-        "fenced put",
-        "enqueue, line occupied",
-        "raw: create",
-    ];
-    for (times, name) in times.into_iter().zip(names) {
-        times.show(name);
-    }
-    backend.revoke(&lease).await?;
-    for depth in [2, 100, 1000] {
-        hand_over(&backend, depth).await?.show(&format!("hand-over in a line of {depth}"));
-    }
-    Ok(())
+    show(
+        times,
+        [
+            "raw: set",
+            "put",
+            "raw: get",
+            "read (sync + generation + get)",
+            "compare-and-swap after a read",
+            "fenced put",
+        ],
+    );
+    Ok(backend.revoke(&lease).await?)
 }
 
 /// From the release of the first to the answer that makes the second the first.

@@ -11,8 +11,9 @@
 //! the ticket in it. The server refuses to delete a node with children, so this succeeds exactly if nobody is in the
 //! line, whichever library they use, and then no list is needed. It is also how "join only if free" is asked in one
 //! step. If it is refused, nothing was changed. Only lines that quorate made are claimed (they carry
-//! [`MARK`] as their data), because the node that is created again is a container open to our own user, and what
-//! another client made may be something else.
+//! [`MARK`] as their data, and nobody has changed their access list), because the node that is created again is a
+//! container with the access list of our own, and what another client made may be something else. Whoever watches the
+//! line's own node sees it go and come.
 
 use std::sync::Arc;
 

@@ -27,7 +27,8 @@ fn known(line: &Dir, name: &str, kind: TicketKind) -> Ticket {
 
 /// Notes what a line looks like in which one ticket of ours stands.
 pub(crate) fn saw(inner: &Inner, line: &Dir, children: &[String], stat: &zk::Stat) {
-    let made_here = usize::try_from(stat.data_length) == Ok(MARK.len());
+    // Unless somebody gave it an access list of its own.
+    let made_here = usize::try_from(stat.data_length) == Ok(MARK.len()) && stat.aversion == 0;
     inner.tickets.saw(line, made_here, children.len() <= 1);
 }
 
@@ -35,9 +36,10 @@ pub(crate) async fn look(inner: &Inner, ticket: &Ticket, depth: usize) -> Result
     let call = Call::read("look", ticket);
     let line = inner.settings.layout.dir(&ticket.line);
     let path = inner.settings.layout.ticket(ticket);
+    // While its lease's own connection is down, any other tells as well, with a `sync` ahead.
     let owned = inner.tickets.get(ticket).and_then(|owned| Some((owned.conn()?, owned.token)));
+    let owned = owned.filter(|(conn, _)| conn.is_connected());
     let (conn, children, token) = if let Some((conn, token)) = owned {
-        conn.ready(&call).await?;
         let listed = conn.call(conn.client.get_children(&line)).await;
         (conn, listed, Some(token))
     } else {
@@ -109,11 +111,8 @@ pub(crate) async fn gone(inner: &Inner, ticket: &Ticket) -> Result<()> {
     let path = inner.settings.layout.ticket(ticket);
     let own = inner.tickets.get(ticket).and_then(|owned| owned.conn());
     let conn = match own.or_else(|| inner.tickets.witness(&ticket.line)) {
-        Some(conn) => {
-            conn.ready(&call).await?;
-            conn
-        }
-        None => inner.base.conn(&call).await?,
+        Some(conn) if conn.is_connected() => conn,
+        _ => inner.base.conn(&call).await?,
     };
     let watched = conn.call(conn.client.get_and_watch_data(&path)).await;
     let watcher = match watched {

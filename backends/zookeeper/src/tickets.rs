@@ -60,6 +60,11 @@ impl Tickets {
         let user = state.lines.entry(entry.line.clone()).or_insert_with(|| (Weak::new(), 0));
         user.0 = Arc::downgrade(open);
         user.1 += usize::from(fresh);
+        drop(state);
+        // The lease may have ended, and its tickets have been forgotten, just before.
+        if open.conn.is_over() {
+            self.forget_lease(&open.id);
+        }
     }
 
     /// Forgets a ticket that is gone.

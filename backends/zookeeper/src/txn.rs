@@ -102,12 +102,10 @@ async fn unleased(inner: &Inner, txn: &Txn, call: &Call<'_>) -> Result<Arc<Conn>
         _ => None,
     });
     let own = left.chain(stood).find_map(|ticket| inner.tickets.get(ticket)?.conn());
-    if let Some(conn) = own
-        && conn.ready(call).await.is_ok()
-    {
-        return Ok(conn);
+    match own {
+        Some(conn) if conn.is_connected() => Ok(conn),
+        _ => inner.base.conn(call).await,
     }
-    inner.base.conn(call).await
 }
 
 /// Refuses what can never work; returns the lease that keys are put on.

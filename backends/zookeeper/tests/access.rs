@@ -1,5 +1,7 @@
 //! Who is let in: users and TLS.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 mod support;
 
 use quorate_core::{Backend, Config, ErrorKind, Tls};
@@ -20,7 +22,7 @@ async fn only_the_owner_gets_in_and_the_others_are_told_so() {
     let place = join(&backend, &line("a"), &lease.id).await;
     let again = connect(&owner).await;
     assert_eq!(again.read(&all()).await.unwrap().entries.len(), 2);
-    assert_eq!(again.line(&line("a")).await.unwrap().tickets, [place.ticket.clone()]);
+    assert_eq!(again.line(&line("a")).await.unwrap().tickets, std::slice::from_ref(&place.ticket));
 
     for stranger in [owner.clone().with_login("app", "wrong"), config(&[server.addr()])] {
         let error = ZooKeeper::connect(&stranger).await.expect_err("not the owner");
@@ -99,4 +101,24 @@ async fn tls_with_a_client_certificate_works_and_less_is_refused() {
     let broken = Tls { cert: Some(files.ca()), key: Some(files.ca()), ..full };
     let error = ZooKeeper::connect(&base.with_tls(broken)).await.expect_err("a certificate is no key");
     assert_eq!(error.kind(), ErrorKind::InvalidInput);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_ipv6_address_is_an_address() {
+    let server = server().await;
+    let listener = tokio::net::TcpListener::bind("[::1]:0").await.expect("this machine has IPv6 on loopback");
+    let (by_v6, by_v4) = (listener.local_addr().unwrap(), server.addr());
+    let relay = tokio::spawn(async move {
+        loop {
+            let (mut client, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                let mut server = tokio::net::TcpStream::connect(by_v4).await.unwrap();
+                let _ = tokio::io::copy_bidirectional(&mut client, &mut server).await;
+            });
+        }
+    });
+    let config = Config::parse(&format!("zookeeper://{by_v6}/tests")).unwrap();
+    let backend = connect(&config).await;
+    assert!(commit(&backend, [], [put(&key("a"), "1")]).await.unwrap().applied);
+    relay.abort();
 }

@@ -1,5 +1,7 @@
 //! What calls cost in round trips, counted on the wire.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 mod support;
 
 use std::{sync::Arc, time::Duration};

@@ -1,5 +1,7 @@
 //! The same locks as other clients of ZooKeeper: Apache Curator and kazoo, the real ones.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 mod support;
 
 use std::{
@@ -102,12 +104,12 @@ async fn they_and_we_take_turns(server: &quorate_testkit::servers::Server, mut t
     let theirs = backend.line(&line("jobs")).await.unwrap().tickets[1].clone();
     assert_eq!(theirs.kind, TicketKind::Lock);
     let behind = join(&backend, &line("jobs"), &lease.id).await;
-    assert_eq!(behind.ahead, [theirs.clone()]);
+    assert_eq!(behind.ahead, std::slice::from_ref(&theirs));
 
     let release = commit(&backend, [standing(&ours)], [Write::Leave(ours.ticket.clone())]).await.unwrap();
     assert!(release.applied);
     they.hears("acquired").await;
-    assert_eq!(backend.look(&behind.ticket, 1).await.unwrap().unwrap().ahead, [theirs.clone()]);
+    assert_eq!(backend.look(&behind.ticket, 1).await.unwrap().unwrap().ahead, std::slice::from_ref(&theirs));
     let waiting = tokio::spawn({
         let (backend, theirs) = (backend.clone(), theirs.clone());
         async move { backend.gone(&theirs).await }

@@ -1,5 +1,7 @@
 //! Servers that restart, connections that break, endpoints that are dead.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 mod support;
 
 use std::{sync::Arc, time::Duration};

@@ -11,3 +11,4 @@ mod interop;
 mod outage;
 mod restart;
 mod support;
+mod tickets;

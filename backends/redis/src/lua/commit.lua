@@ -9,6 +9,7 @@ local at = 3
 while ARGV[at] do
   local kind, field = ARGV[at], ARGV[at + 1]
   wanted[#wanted + 1] = ((kind == 's' or kind == 'l') and 'T:' or 'K:') .. field
+  if kind == 'l' then wanted[#wanted + 1] = 'W:' .. field end
   if kind == 'p' or kind == 'd' then
     wanted[#wanted + 1] = 'D:' .. string.match(field, '^[^\n]*')
     if kind == 'p' then
@@ -48,8 +49,7 @@ local function main()
         if lease ~= '' and not found[slot + 2] then return { -1, lease } end
         at, slot = at + 4, slot + 3
       else
-        slot = slot + (ARGV[at] == 'd' and 2 or 1)
-        at = at + 2
+        at, slot = at + 2, slot + 2
       end
     end
     -- A full server refuses the first write if it adds data, and the transaction with it.
@@ -81,15 +81,15 @@ local function main()
     else
       if record then
         bump(last)
-        drop_ticket(field, record)
+        drop_ticket(field, record, found[slot + 1])
       end
-      at, slot = at + 2, slot + 1
+      at, slot = at + 2, slot + 2
     end
   end
   return { 1, revision or tonumber(last) }
 end
 
 local reply = main()
-if revision then store() else guard() end
+if revision then store() else call('HDEL', H, '') end
 if tell then tell() end
 return reply

@@ -43,19 +43,26 @@ function end_lease(lease)
   local attached = call('ZRANGEBYLEX', Z, '[a:' .. lease .. '\n', '(a:' .. lease .. '\v')
   for _, member in ipairs(attached) do
     local field = string.sub(member, #lease + 5)
-    local is_key = string.sub(member, #lease + 4, #lease + 4) == 'k'
-    local record = call('HGET', H, (is_key and 'K:' or 'T:') .. field)
-    if record and is_key then
-      drop_key(field, record)
-    elseif record then
-      drop_ticket(field, record)
+    if string.sub(member, #lease + 4, #lease + 4) == 'k' then
+      local meta = call('HGET', H, 'K:' .. field)
+      if meta then drop_key(field, meta) end
+    else
+      local ticket = call('HMGET', H, 'T:' .. field, 'W:' .. field)
+      if ticket[1] then drop_ticket(field, ticket[1], ticket[2]) end
     end
     call('ZREM', Z, member)
   end
 end
 
--- Ends every lease whose time has passed, before anything is looked at: nobody ever sees the records of a
--- dead lease, whenever the server gets round to it.
+-- A client has not asked again for a minute: it is told no more.
+local function forget(wait)
+  local field, client = string.sub(wait, 1, -18), string.sub(wait, -16)
+  local waiters = call('HGET', H, 'W:' .. field)
+  if not waiters then return end
+  local left = string.gsub(waiters, client .. ' ', '')
+  if left == '' then call('HDEL', H, 'W:' .. field) else call('HSET', H, 'W:' .. field, left) end
+end
+
 function reap()
   while #due > 0 do
     for _, timer in ipairs(due) do
@@ -65,7 +72,7 @@ function reap()
       else
         call('ZREM', T, timer)
         if kind == 'w:' then
-          call('ZREM', Z, timer)
+          forget(rest)
         else
           call('HDEL', H, 'D:' .. rest)
           if events[rest] then events[rest].before = false end

@@ -8,20 +8,20 @@ local token = found[2]
 local before = token and '(' .. prefix .. token .. '\n' .. name or '(o:' .. line .. '\v'
 local ahead = call('ZREVRANGEBYLEX', Z, before, '[' .. prefix, 'LIMIT', 0, ARGV[5])
 if token then
-  guard()
+  call('HDEL', H, '')
 elseif not found[3] then
-  guard()
+  call('HDEL', H, '')
   return { -1 }
 elseif ARGV[6] == '1' and #ahead > 0 then
-  guard()
+  call('HDEL', H, '')
   return {}
 else
-  bump(found[1])
+  revision = revision or math.max(tonumber(found[1] or 0) + 1, now)
   token = string.format('%016.0f', revision)
   if ARGV[4] == '' then
-    call('HSET', H, 'rev', number(revision), 'T:' .. field, token)
+    call('HSET', H, 'rev', token, 'T:' .. field, token)
   else
-    call('HSET', H, 'rev', number(revision), 'T:' .. field, token, 'P:' .. field, ARGV[4])
+    call('HSET', H, 'rev', token, 'T:' .. field, token, 'P:' .. field, ARGV[4])
   end
   call('ZADD', Z, 0, prefix .. token .. '\n' .. name, 0, 'a:' .. lease .. '\nt' .. field)
 end

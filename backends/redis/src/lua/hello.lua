@@ -3,7 +3,7 @@
 -- permissions are found now and never stop a script half-way. Raises the revision past everything that a
 -- server which has since lost data has shown to this client, and to anybody before its clock's time.
 local probes = {
-  { 'HDEL', H, '' }, { 'HGET', H, '' }, { 'HMGET', H, '' }, { 'HEXISTS', H, '' },
+  { 'HDEL', H, '' }, { 'HGET', H, '' }, { 'HMGET', H, '' },
   { 'ZSCORE', T, '' }, { 'ZRANGEBYSCORE', T, '1', '0', 'WITHSCORES', 'LIMIT', 0, 1 },
   { 'ZRANGEBYLEX', Z, '[b', '[a' }, { 'ZREVRANGEBYLEX', Z, '[a', '[b' },
   { 'ZADD', Z, 'XX', 0, '' }, { 'ZADD', T, 'XX', 0, '' }, { 'ZREM', Z, '' }, { 'ZREM', T, '' },

@@ -1,5 +1,5 @@
 -- ARGV: line. Answers the names in order, the first one's token and value.
-guard()
+call('HDEL', H, '')
 local prefix = 'o:' .. ARGV[1] .. '\n'
 local names = call('ZRANGEBYLEX', Z, '[' .. prefix, '(o:' .. ARGV[1] .. '\v')
 if #names == 0 then return {} end

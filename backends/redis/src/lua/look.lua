@@ -1,5 +1,5 @@
 -- ARGV: line, name, depth. Answers nothing if the ticket is gone, or its token and the names ahead.
-guard()
+call('HDEL', H, '')
 local token = call('HGET', H, 'T:' .. ARGV[1] .. '\n' .. ARGV[2])
 if not token then return {} end
 local prefix = 'o:' .. ARGV[1] .. '\n'

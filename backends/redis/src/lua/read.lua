@@ -1,6 +1,6 @@
 -- ARGV: 'one', 'prefix' or 'watch-one', 'watch-prefix'; directory; name or prefix.
 -- Answers revision, the directory's mark, microseconds to the first timer, then name, meta, value for each.
-guard()
+call('HDEL', H, '')
 local mark, timer = 0, -1
 if string.sub(ARGV[1], 1, 6) == 'watch-' then
   mark, timer = observe(ARGV[2]), first_timer()
