@@ -61,17 +61,18 @@
 //!
 //! # Why not the layout of `consul lock`
 //! `consul lock` and Go's `api.Lock` let all contenders fight for one key: every release wakes all of them, some never
-//! get it, and after a crash the lock-delay comes on top of 2 × TTL. Measured with 32 contenders: 56 requests per
-//! grant, 9 grants a second, 34 s to take over after a crash with a TTL of 10 s. One cannot stand in that fight and in
-//! a fair line at once, so quorate chose the line. What remains: pointed at the same prefix, quorate waits for a
-//! `consul lock` that came first; `consul lock` does not see quorate.
+//! get it, and after a crash the lock-delay comes on top of 2 × TTL. Measured with 32 contenders: 56 requests per grant
+//! for a bare acquire in a loop, 9 grants a second for `api.Lock`, which took 34 s to take over after a crash with a
+//! TTL of 10 s. One cannot stand in that fight and in a fair line at once, so quorate chose the line. What remains:
+//! pointed at the same prefix, quorate waits for a `consul lock` that came first; `consul lock` does not see quorate.
 //!
 //! # Measured
-//! Consul 1.8.7, one server on loopback, two busy cores: a free lock's acquire and release take as long as two raw KV
-//! requests (ratio 1.0 to 1.15; `cargo xtask bench`), and 0.3 to 0.5 ms more than the same two requests written by hand
-//! (`examples/pair.rs`). After `kill -9`, with renewals at a quarter of the TTL, what the owner held was gone after 0.9
-//! s, 1.8 s and 3.7 s for TTLs of 1 s, 2 s and 4 s; with a plain session of 2 s after 3.8 s. After the leader of three
-//! servers was killed, the first write went through after 3.0 to 3.6 s.
+//! Consul 1.8.7, one server on loopback, two cores busy with other work, so roughly: a free lock's acquire and release
+//! took 0.98 times as long as a raw acquire and release over the same HTTP stack (middle half 0.77 to 1.47; `cargo
+//! xtask bench`), and 0.4 to 0.5 ms longer than its own two requests written by hand (`examples/pair.rs`). After `kill
+//! -9`, with renewals at a quarter of the TTL, what the owner held was gone after 0.9 s, 1.8 s and 3.7 s for TTLs of 1
+//! s, 2 s and 4 s; with a plain session of 2 s after 3.8 s. After the leader of three servers was killed, the first
+//! write went through after 3.0 to 3.6 s.
 
 mod api;
 mod config;
