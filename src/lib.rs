@@ -12,9 +12,10 @@
 //!
 //! println!("token {}: send it with each write", guard.token());
 //! guard.protect(async { /* dropped if the lock is lost */ }).await?;
-//! coord.kv().put_fenced(&guard.fence(), "report", "done").await?.expect("the hold still stands");
+//! coord.kv().put_fenced(&guard.fence(), "report", "done").await?; // refused if the hold has ended
 //!
 //! guard.release().await?; // a drop does the same in the background
+//! coord.close().await?; // before the process ends: what is still held is given up now, not after its TTL
 //! # Ok::<(), quorate::Error>(()) })?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -90,7 +91,11 @@ fn attempt_limit(config: &Config) -> Duration {
 /// # Cancel safety
 /// Nothing is left behind.
 pub async fn backend(config: &Config) -> Result<Arc<dyn Backend>> {
-    let family = config.scheme.split('+').next().unwrap_or_default();
+    // Only Redis has several ways to be deployed behind one scheme.
+    let family = match config.scheme.split_once('+') {
+        Some((family @ ("redis" | "rediss"), _)) => family,
+        _ => config.scheme.as_str(),
+    };
     match family {
         #[cfg(feature = "memory")]
         "memory" => Ok(Arc::new(quorate_memory::Memory::connect(config).await?)),
@@ -109,7 +114,8 @@ pub async fn backend(config: &Config) -> Result<Arc<dyn Backend>> {
 fn no_backend(scheme: &str) -> Error {
     const KNOWN: [(&str, &str); 5] =
         [("memory", "memory"), ("etcd", "etcd"), ("redis", "redis"), ("consul", "consul"), ("zookeeper", "zookeeper")];
-    let known = KNOWN.iter().find(|(name, _)| scheme == *name || scheme.strip_suffix('s') == Some(name));
+    let known =
+        KNOWN.iter().find(|(name, _)| scheme == *name || *name != "memory" && scheme.strip_suffix('s') == Some(name));
     match known {
         Some((_, feature)) => {
             Error::new(ErrorKind::Unsupported, "connect", format!("the backend for {scheme}:// is not compiled in"))

@@ -138,7 +138,7 @@ pub struct Lease {
 }
 
 /// One key with its value.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Entry {
     /// Where it is.
     pub key: Key,
@@ -150,6 +150,14 @@ pub struct Entry {
     pub modified: Revision,
     /// The lease it stands on, if any.
     pub lease: Option<LeaseId>,
+}
+
+// Values may be secrets of the application: only their length is shown, here and below.
+impl fmt::Debug for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { key, value, created, modified, lease } = self;
+        write!(f, "Entry({key}, {} bytes, created {created}, modified {modified}, lease {lease:?})", value.len())
+    }
 }
 
 /// What a range held at one moment.
@@ -201,7 +209,6 @@ pub enum Write {
     Leave(Ticket),
 }
 
-// Values may be secrets of the application: only their length is shown.
 impl fmt::Debug for Write {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -282,7 +289,7 @@ impl fmt::Display for Nonce {
 }
 
 /// A request to join a line.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Enqueue {
     /// The line; it comes into being with its first ticket.
     pub line: Dir,
@@ -298,6 +305,13 @@ pub struct Enqueue {
     pub depth: usize,
     /// Join only if nobody is in the line, where the server can ask that in one step.
     pub when_free: bool,
+}
+
+impl fmt::Debug for Enqueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { line, kind, lease, nonce, value, .. } = self;
+        write!(f, "Enqueue({line}, {kind:?}, lease {lease}, nonce {nonce}, {} bytes)", value.len())
+    }
 }
 
 /// A place in a line.
@@ -321,12 +335,18 @@ pub struct Line {
 }
 
 /// The first ticket of a line, with what its owner wrote.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Front {
     /// The revision that created it.
     pub token: Revision,
     /// The owner's [`Enqueue::value`]; empty for most foreign clients.
     pub value: Bytes,
+}
+
+impl fmt::Debug for Front {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Front(token {}, {} bytes)", self.token, self.value.len())
+    }
 }
 
 /// Where the fencing tokens of a backend come from, and so how long they keep rising.
@@ -367,6 +387,8 @@ pub struct Profile {
     pub max_value: usize,
     /// The largest number of checks and writes in one transaction.
     pub max_txn: usize,
+    /// On how many different leases the keys that one transaction puts may stand.
+    pub txn_leases: usize,
 }
 
 impl fmt::Display for Txn {

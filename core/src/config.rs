@@ -17,7 +17,7 @@
 //! |---|---|---|
 //! | `ttl` | TTL of the sessions, such as `10s` or `1500ms` | `10s` |
 //! | `connect_timeout` | limit for one connection | `3s` |
-//! | `request_timeout` | limit for one request | `5s` |
+//! | `request_timeout` | limit for one attempt at one request | `5s` |
 //! | `token` | ACL token (Consul) | none |
 //! | `ca`, `cert`, `key` | PEM files: the CA to trust, the client's certificate and key | system roots, none |
 //!
@@ -72,7 +72,7 @@ pub struct Tls {
 /// assert!(!format!("{config:?}").contains("secret"));
 /// # Ok::<(), quorate_core::Error>(())
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Config {
     /// The URL's scheme, which names the backend.
     pub scheme: String,
@@ -90,12 +90,31 @@ pub struct Config {
     pub tls: Option<Tls>,
     /// Limit for making one connection.
     pub connect_timeout: Duration,
-    /// Limit for one request.
+    /// Limit for one attempt at one request. A call that may be repeated makes up to six, with pauses.
     pub request_timeout: Duration,
     /// TTL asked for by sessions.
     pub session_ttl: Duration,
     /// Options that only one backend knows.
     pub extra: BTreeMap<String, String>,
+}
+
+impl fmt::Debug for Config {
+    /// Shows no secret: of options that only a backend knows, the names.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Config")
+            .field("scheme", &self.scheme)
+            .field("endpoints", &self.endpoints)
+            .field("namespace", &self.namespace)
+            .field("user", &self.user)
+            .field("password", &self.password)
+            .field("token", &self.token)
+            .field("tls", &self.tls)
+            .field("connect_timeout", &self.connect_timeout)
+            .field("request_timeout", &self.request_timeout)
+            .field("session_ttl", &self.session_ttl)
+            .field("extra", &self.extra.keys())
+            .finish()
+    }
 }
 
 impl Config {
@@ -128,6 +147,10 @@ impl Config {
         }
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
+        if path.contains('@') || query.contains('@') {
+            // Most likely a password with a `/` or `?` in it, which must not end up as a name.
+            return Err(bad("an @ after the host; write %40, and in a password %2F for / and %3F for ?"));
+        }
         let (login, hosts) = authority.rsplit_once('@').map_or((None, authority), |(l, h)| (Some(l), h));
         let endpoints = hosts.split(',').map(endpoint).collect::<Result<Vec<_>>>()?;
         let mut config = Self::new(scheme, endpoints);
@@ -346,6 +369,8 @@ mod tests {
             "etcd://u:hunter2@h?ca=/x",
             "etcd://h/a//b",
             "etcd://h/%ff",
+            "redis://u:12/hunter2@h/app",
+            "etcd://u:1?hunter2@h",
         ] {
             let e = Config::parse(url).expect_err(url);
             assert_eq!(e.kind(), crate::ErrorKind::InvalidInput);
@@ -355,7 +380,7 @@ mod tests {
 
     #[test]
     fn debug_shows_no_secret() {
-        let c = Config::parse("consul://u:hunter2@h?token=hunter3").unwrap();
+        let c = Config::parse("consul://u:hunter2@h?token=hunter3&acl_token=hunter4").unwrap();
         let shown = format!("{c:?}");
         assert!(!shown.contains("hunter"), "{shown}");
     }

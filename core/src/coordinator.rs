@@ -9,6 +9,11 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{
+    FutureExt as _,
+    future::{BoxFuture, Shared},
+};
+
 use crate::{
     backend::{Backend, Profile},
     error::{Error, ErrorKind, Result},
@@ -29,8 +34,8 @@ struct Inner {
     backend: Arc<dyn Backend>,
     options: SessionOptions,
     session: Mutex<Option<Session>>,
-    /// Held by the task that opens a session, so that two callers do not open two.
-    opening: tokio::sync::Mutex<()>,
+    /// The attempt to open a session that is under way: all callers share its outcome, errors included.
+    opening: Mutex<Option<Shared<BoxFuture<'static, Result<Session>>>>>,
     closed: std::sync::atomic::AtomicBool,
 }
 
@@ -41,7 +46,7 @@ impl Coordinator {
             backend,
             options,
             session: Mutex::default(),
-            opening: tokio::sync::Mutex::default(),
+            opening: Mutex::default(),
             closed: std::sync::atomic::AtomicBool::new(false),
         };
         Self { inner: Arc::new(inner) }
@@ -80,10 +85,32 @@ impl Coordinator {
         if let Some(session) = self.current() {
             return Ok(session);
         }
+        self.opening().await
+    }
+
+    fn opening(&self) -> Shared<BoxFuture<'static, Result<Session>>> {
+        let mut opening = self.inner.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(attempt) = opening.as_ref().filter(|attempt| attempt.peek().is_none()) {
+            return attempt.clone();
+        }
         // A task of its own, so that a caller who gives up leaves no lease that nobody knows.
         let this = self.clone();
-        let opened = tokio::spawn(async move { this.open_shared().await }).await;
-        opened.unwrap_or_else(|_| Err(self.error("grant", "the task that opened the session was stopped")))
+        let task = tokio::spawn(async move {
+            let outcome = this.open_shared().await;
+            // The outcome keeps a handle of the session; it is for those who wait for it now.
+            this.inner.opening.lock().unwrap_or_else(PoisonError::into_inner).take();
+            outcome
+        });
+        let backend = self.profile().backend;
+        let attempt = async move {
+            task.await.unwrap_or_else(|stopped| {
+                let message = "the task that opened the session did not end; a lease may have been granted";
+                Err(Error::new(ErrorKind::Ambiguous, "grant", message).on(backend).because(stopped))
+            })
+        };
+        let attempt = attempt.boxed().shared();
+        *opening = Some(attempt.clone());
+        attempt
     }
 
     fn current(&self) -> Option<Session> {
@@ -92,10 +119,6 @@ impl Coordinator {
     }
 
     async fn open_shared(&self) -> Result<Session> {
-        let _opening = self.inner.opening.lock().await;
-        if let Some(session) = self.current() {
-            return Ok(session);
-        }
         let session = self.open_session(&self.inner.options).await?;
         *self.inner.session.lock().unwrap_or_else(PoisonError::into_inner) = Some(session.clone());
         // A close that came while the lease was being granted did not see this session.

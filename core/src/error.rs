@@ -3,7 +3,7 @@
 //! Promise: [`Error::kind`] tells what may be done next, the message names operation, key, backend and the
 //! next step, and no secret is ever part of it. Losing a race is not an error anywhere in quorate.
 
-use std::{error::Error as StdError, fmt};
+use std::{error::Error as StdError, fmt, sync::Arc};
 
 /// The result of every fallible call in quorate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -69,8 +69,10 @@ impl fmt::Display for ErrorKind {
 ///
 /// `Display` reads like `commit kv/orders/42 on etcd: reply lost; the write may have happened; read before
 /// retrying`.
-pub struct Error(Box<Inner>);
+#[derive(Clone)]
+pub struct Error(Arc<Inner>);
 
+#[derive(Clone)]
 struct Inner {
     kind: ErrorKind,
     operation: &'static str,
@@ -78,13 +80,13 @@ struct Inner {
     key: Option<String>,
     message: String,
     next: Option<String>,
-    source: Option<Box<dyn StdError + Send + Sync>>,
+    source: Option<Arc<dyn StdError + Send + Sync>>,
 }
 
 impl Error {
     /// An error of `kind` in `operation` (a verb such as `"commit"`), with what happened in plain words.
     pub fn new(kind: ErrorKind, operation: &'static str, message: impl Into<String>) -> Self {
-        Self(Box::new(Inner {
+        Self(Arc::new(Inner {
             kind,
             operation,
             backend: "",
@@ -103,36 +105,40 @@ impl Error {
     /// Names the backend, by the name its `Profile` carries.
     #[must_use]
     pub fn on(mut self, backend: &'static str) -> Self {
-        self.0.backend = backend;
+        self.inner().backend = backend;
         self
     }
 
     /// Names the key, directory or lease that the call was about. Never pass a value or a credential.
     #[must_use]
     pub fn key(mut self, key: impl fmt::Display) -> Self {
-        self.0.key = Some(key.to_string());
+        self.inner().key = Some(key.to_string());
         self
     }
 
     /// Replaces the standard advice of the kind by a more precise next step.
     #[must_use]
     pub fn next(mut self, step: impl Into<String>) -> Self {
-        self.0.next = Some(step.into());
+        self.inner().next = Some(step.into());
         self
     }
 
     /// Keeps the cause. Its text is shown by error reporters, so it must be free of secrets.
     #[must_use]
     pub fn because(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
-        self.0.source = Some(source.into());
+        self.inner().source = Some(Arc::from(source.into()));
         self
     }
 
     /// Turns the error into one of another kind, keeping everything else.
     #[must_use]
     pub fn with_kind(mut self, kind: ErrorKind) -> Self {
-        self.0.kind = kind;
+        self.inner().kind = kind;
         self
+    }
+
+    fn inner(&mut self) -> &mut Inner {
+        Arc::make_mut(&mut self.0)
     }
 
     /// What may be done next.

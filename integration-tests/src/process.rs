@@ -64,7 +64,7 @@ async fn overtaken(site: &Site) -> (Actor, quorate::Coordinator) {
     sleep(site.ttl().mul_f64(1.5)).await;
     let limit = site.ttl() + b.profile().expiry_lag + Duration::from_secs(5);
     let guard = timeout(limit, b.lock("job").acquire()).await.expect("B is granted").expect("granted");
-    b.kv().put_fenced(&guard.fence(), "row", "B").await.expect("answered").expect("B holds the lock");
+    b.kv().put_fenced(&guard.fence(), "row", "B").await.expect("B holds the lock");
     // The first thing A finds on waking is the question whether it holds.
     a.send("held").await;
     a.resume().await;

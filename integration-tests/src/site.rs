@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use quorate::{Backend, Config, Coordinator, Nonce, Result};
 use quorate_conformance::Clients;
 use quorate_testkit::servers::{self, Server};
+use tokio::sync::OnceCell;
 
 /// The backends, by the names of their schemes.
 pub const BACKENDS: [&str; 5] = ["memory", "etcd", "redis", "consul", "zookeeper"];
@@ -31,7 +32,11 @@ impl Site {
         let server = match backend {
             "memory" => return Ok(Self { backend, url: format!("memory://{}", unique()), server: None }),
             "etcd" => servers::Etcd::start(servers::EtcdOptions::default()).await,
-            "redis" => servers::Redis::start(servers::RedisOptions::default()).await,
+            "redis" => {
+                // With its data on disk, as whoever needs locks to survive a restart would run it.
+                let persistence = servers::Persistence::Always;
+                servers::Redis::start(servers::RedisOptions { persistence, ..Default::default() }).await
+            }
             "consul" => servers::Consul::start(servers::ConsulOptions::default()).await,
             "zookeeper" => servers::ZooKeeper::start(servers::ZooKeeperOptions::default()).await,
             other => return Err(format!("{other} is not a backend")),
@@ -108,6 +113,8 @@ pub async fn connect_long(config: &Config) -> Coordinator {
 pub struct SiteClients {
     config: Config,
     ttl: Duration,
+    /// A memory instance ends with its last client; a server does not.
+    first: OnceCell<Arc<dyn Backend>>,
 }
 
 impl SiteClients {
@@ -118,7 +125,7 @@ impl SiteClients {
             // An instance of its own: cases run at the same time.
             config.endpoints = vec![unique()];
         }
-        Arc::new(Self { config, ttl: site.ttl() })
+        Arc::new(Self { config, ttl: site.ttl(), first: OnceCell::new() })
     }
 }
 
@@ -131,6 +138,7 @@ impl fmt::Debug for SiteClients {
 #[async_trait]
 impl Clients for SiteClients {
     async fn client(&self) -> Result<Arc<dyn Backend>> {
+        self.first.get_or_try_init(|| quorate::backend(&self.config)).await?;
         quorate::backend(&self.config).await
     }
 

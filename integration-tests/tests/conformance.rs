@@ -76,7 +76,7 @@ fn contract(runtime: &Runtime, results: &Results, backend: &'static str, start: 
     cases
         .map(|case: Case| {
             let (handle, results, start) = (runtime.handle().clone(), results.clone(), start.clone());
-            trial(handle, results, backend, format!("{}/{}", case.group, case.name), async move {
+            trial(handle, results, backend, &format!("{}/{}", case.group, case.name), async move {
                 let clients = SiteClients::new(&*start?);
                 let limit = limit(&*clients).await.map_err(|e| e.to_string())?;
                 run_case(case, clients, limit).await
@@ -97,7 +97,7 @@ fn site_cases(runtime: &Runtime, results: &Results, backend: &'static str, start
     cases
         .map(|(case, own_server): (SiteCase, bool)| {
             let (handle, results, start) = (runtime.handle().clone(), results.clone(), start.clone());
-            trial(handle, results, backend, format!("{}/{}", case.group, case.name), async move {
+            trial(handle, results, backend, &format!("{}/{}", case.group, case.name), async move {
                 let shared = start?;
                 let site = if own_server { Arc::new(Site::start(backend).await?) } else { shared };
                 let run = tokio::spawn((case.run)(site));
@@ -115,10 +115,10 @@ fn trial(
     handle: Handle,
     results: Results,
     backend: &'static str,
-    name: String,
+    name: &str,
     work: impl Future<Output = Result<Outcome, String>> + Send + 'static,
 ) -> Trial {
-    let case = name.clone();
+    let case = name.to_owned();
     Trial::test(format!("{backend}/{name}"), move || {
         let outcome = handle.block_on(work);
         results.note(backend, &case, &outcome);

@@ -34,8 +34,7 @@ pub struct Missing {
 impl Missing {
     /// What to do about it, for a person.
     pub fn how(&self) -> String {
-        let packages = self.packages.join(" ");
-        let mut how = format!("run `cargo xtask install`, or install the Debian package {packages}");
+        let mut how = format!("install the Debian package {}", self.packages.join(" "));
         if !self.note.is_empty() {
             write!(how, " ({})", self.note).expect("writing to a String cannot fail");
         }

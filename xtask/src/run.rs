@@ -53,16 +53,10 @@ pub(crate) fn install(only_say: bool) -> Outcome {
     }
     headline("installing what is missing");
     for item in &missing {
-        println!("   {item}");
+        println!("   {}: {}", item.what, item.how());
     }
     if only_say {
         return Err("something is missing (see above) and --no-install was given".to_owned());
     }
-    install::install(&missing).map_err(|e| e.to_string())?;
-    let left = install::missing();
-    if left.is_empty() {
-        return Ok(());
-    }
-    let left: Vec<_> = left.iter().map(ToString::to_string).collect();
-    Err(format!("still missing after the installation:\n   {}", left.join("\n   ")))
+    install::install(&missing).map_err(|e| e.to_string())
 }

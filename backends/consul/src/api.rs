@@ -3,7 +3,7 @@
 //! Promise: every read is linearizable (`consistent`) unless it is a blocking query, which the servers answer
 //! from the leader; a status that a caller has a meaning for is a value, everything else an error.
 
-use std::{borrow::Cow, time::Duration};
+use std::{borrow::Cow, sync::OnceLock, time::Duration};
 
 use base64::{Engine as _, display::Base64Display, engine::general_purpose::STANDARD};
 use bytes::Bytes;
@@ -12,7 +12,7 @@ use quorate_core::{ErrorKind, Result};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::{
-    error::{Effect, error, refused},
+    error::{Effect, Failure, error, refused},
     http::{Answer, Call, Http},
     path::url,
 };
@@ -43,8 +43,17 @@ pub(crate) struct Found<T> {
 pub(crate) enum How {
     /// At once, confirmed by a majority.
     Consistent,
+    /// The same, for a task of our own: with a time limit.
+    Bounded,
     /// When the range has changed since the index, or the time is over.
     Blocking { index: u64, wait: Duration },
+}
+
+impl How {
+    /// What a task sends that waits for a change since `index`; 0: that has seen nothing yet.
+    pub(crate) fn since(index: u64, wait: Duration) -> Self {
+        if index == 0 { Self::Bounded } else { Self::Blocking { index, wait } }
+    }
 }
 
 /// One operation of a transaction.
@@ -131,6 +140,11 @@ impl<'a> Op<'a> {
         op
     }
 
+    /// Deletes every key that starts with this; leaves one tombstone.
+    pub(crate) fn delete_tree(prefix: impl Into<Cow<'a, str>>) -> Self {
+        Self::new("delete-tree", prefix)
+    }
+
     /// Returns every key that starts with this.
     pub(crate) fn get_tree(prefix: impl Into<Cow<'a, str>>) -> Self {
         Self::new("get-tree", prefix)
@@ -187,9 +201,20 @@ fn parse<T: for<'de> Deserialize<'de>>(operation: &'static str, body: &[u8]) -> 
 #[derive(Debug)]
 pub(crate) struct Api {
     pub(crate) http: Http,
+    /// Whether the servers have access rules, as far as connecting found out.
+    ruled: OnceLock<bool>,
 }
 
 impl Api {
+    pub(crate) fn new(http: Http) -> Self {
+        Self { http, ruled: OnceLock::new() }
+    }
+
+    /// Notes whether the servers have access rules.
+    pub(crate) fn is_ruled(&self, ruled: bool) {
+        self.ruled.get_or_init(|| ruled);
+    }
+
     /// One key; no item if it does not exist.
     pub(crate) async fn get(&self, operation: &'static str, key: &str, how: How) -> Result<Found<Pair>> {
         self.kv(operation, key, "", how).await
@@ -209,7 +234,7 @@ impl Api {
         &self,
         operation: &'static str,
         key: &str,
-        query: &str,
+        of: &str,
         how: How,
     ) -> Result<Found<T>> {
         let call = |query: String| Call {
@@ -218,15 +243,28 @@ impl Api {
             body: Bytes::new(),
             agent: None,
         };
-        let answer = match how {
-            How::Consistent => self.http.call(call(format!("{query}consistent"))).await,
-            How::Blocking { index, wait } => {
-                let call = call(format!("{query}index={index}&wait={}ms", wait.as_millis()));
-                // The server adds up to a sixteenth to the time, so that waits do not end together.
-                self.http.block(call, wait + wait / 16).await
-            }
+        let send = async |call: Call| match how {
+            How::Consistent => self.http.call(call).await,
+            How::Bounded => self.http.block(call, Duration::ZERO).await,
+            // The server adds up to a sixteenth to the time, so that waits do not end together.
+            How::Blocking { wait, .. } => self.http.block(call, wait + wait / 16).await,
         };
-        let answer = answer.map_err(|f| f.into_error(operation, Effect::Read).key(key))?;
+        let query = match how {
+            How::Consistent | How::Bounded => format!("{of}consistent"),
+            How::Blocking { index, wait } => format!("{of}index={index}&wait={}ms", wait.as_millis()),
+        };
+        let failed = |f: Failure| f.into_error(operation, Effect::Read).key(key);
+        let answer = send(call(query)).await.map_err(failed)?;
+        if answer.status == StatusCode::NOT_FOUND && !of.is_empty() && self.ruled.get() == Some(&true) {
+            // To a token without the right to read a range, Consul before 1.11 shows an empty one. About a
+            // single key it tells the truth.
+            if !matches!(how, How::Blocking { .. }) {
+                let probe = send(call("consistent".to_owned())).await.map_err(failed)?;
+                if probe.status == StatusCode::FORBIDDEN {
+                    return Err(refused(operation, Effect::Read, probe.status, &probe.body).key(key));
+                }
+            }
+        }
         let items = match answer.status {
             StatusCode::OK => parse(operation, &answer.body),
             StatusCode::NOT_FOUND if answer.index.is_some() => Ok(Vec::new()),
@@ -269,16 +307,12 @@ impl Api {
         path: impl Into<String>,
         body: Vec<u8>,
         agent: Option<usize>,
-    ) -> Result<Answer, crate::error::Failure> {
+    ) -> Result<Answer, Failure> {
         self.http.call(Call { method: Method::PUT, path: path.into(), body: body.into(), agent }).await
     }
 
     /// A `GET`; its answer is the caller's to read.
-    pub(crate) async fn fetch(
-        &self,
-        path: impl Into<String>,
-        agent: Option<usize>,
-    ) -> Result<Answer, crate::error::Failure> {
+    pub(crate) async fn fetch(&self, path: impl Into<String>, agent: Option<usize>) -> Result<Answer, Failure> {
         self.http.call(Call { method: Method::GET, path: path.into(), body: Bytes::new(), agent }).await
     }
 }

@@ -3,10 +3,10 @@
 //! Promise: bounded by `connect_timeout` over all endpoints together; what kind of lease there will be is settled
 //! here, because the profile says so.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use hyper::StatusCode;
-use quorate_core::{Config, Error, ErrorKind, Result};
+use quorate_core::{Config, ErrorKind, Result};
 use tokio::time::{Instant, timeout};
 
 use crate::{
@@ -14,14 +14,22 @@ use crate::{
     config::SessionKind,
     error::{Effect, error, excerpt, refused},
     http::Http,
-    lease::probe,
+    lease::{probe, session_ttl_min},
 };
 
 const OP: &str = "connect";
 
-/// An API client of which one agent has answered, and the kind of leases it will give.
-pub(crate) async fn open(config: &Config) -> Result<(Arc<Api>, SessionKind)> {
-    let api = Arc::new(Api { http: Http::new(config)? });
+/// What leases there will be.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Sessions {
+    pub(crate) kind: SessionKind,
+    /// The smallest TTL of a plain session.
+    pub(crate) ttl_min: Duration,
+}
+
+/// An API client of which one agent has answered, and the leases it will give.
+pub(crate) async fn open(config: &Config) -> Result<(Arc<Api>, Sessions)> {
+    let api = Arc::new(Api::new(Http::new(config)?));
     let settings = api.http.settings();
     let deadline = Instant::now() + settings.connect_timeout;
     let count = u32::try_from(settings.agents.len()).unwrap_or(u32::MAX);
@@ -31,21 +39,21 @@ pub(crate) async fn open(config: &Config) -> Result<(Arc<Api>, SessionKind)> {
         // A share each, so that one agent that swallows everything leaves time for the others.
         let limit = (settings.connect_timeout / count).min(deadline.saturating_duration_since(Instant::now()));
         match timeout(limit, prove(&api, agent)).await {
-            Ok(Ok(kind)) => return Ok((api, kind)),
+            Ok(Ok(sessions)) => return Ok((api, sessions)),
             Ok(Err(error)) if error.kind() == ErrorKind::Unavailable => last = Some(error),
             Ok(Err(error)) => return Err(error),
             Err(_) => {
-                api.http.left(agent);
+                api.http.leave(agent);
                 last = Some(error(ErrorKind::Unavailable, OP, format!("no answer within {limit:?}")));
             }
         }
     }
     let endpoints: Vec<&str> = (0..settings.agents.len()).map(|i| api.http.label(i)).collect();
-    let last = last.map(|e: Error| e.to_string()).unwrap_or_default();
-    Err(error(ErrorKind::Unavailable, OP, format!("none of {endpoints:?} serves; the last one: {last}")))
+    let last = last.unwrap_or_else(|| error(ErrorKind::Unavailable, OP, "there was no time to try"));
+    Err(last.key(endpoints.join(", ")))
 }
 
-async fn prove(api: &Arc<Api>, agent: usize) -> Result<SessionKind> {
+async fn prove(api: &Arc<Api>, agent: usize) -> Result<Sessions> {
     let settings = api.http.settings();
     let access = access(api, agent).await?;
     let answer = api.fetch("/v1/status/leader", Some(agent)).await.map_err(|f| f.into_error(OP, Effect::Read))?;
@@ -53,20 +61,22 @@ async fn prove(api: &Arc<Api>, agent: usize) -> Result<SessionKind> {
         return Err(refused(OP, Effect::Read, answer.status, &answer.body));
     }
     if answer.body.iter().filter(|b| !matches!(**b, b'"' | b'\n')).count() == 0 {
-        api.http.left(agent);
+        api.http.leave(agent);
         return Err(error(ErrorKind::Unavailable, OP, format!("{} knows no leader", api.http.label(agent))));
     }
-    match settings.session {
-        Some(SessionKind::Ttl) => Ok(SessionKind::Ttl),
+    api.is_ruled(access == Access::Ruled);
+    let kind = match settings.session {
+        Some(SessionKind::Ttl) => SessionKind::Ttl,
         wanted => match registers(api, agent, access).await {
-            Ok(()) => Ok(SessionKind::Agent),
+            Ok(()) => SessionKind::Agent,
             Err(e) if e.kind() == ErrorKind::Denied && wanted.is_none() => {
-                tracing::info!(error = %e, "the agent takes no services from us: leases have a TTL of 10 s or more");
-                Ok(SessionKind::Ttl)
+                tracing::info!(error = %e, "the agent takes no services from us: leases are sessions with a TTL");
+                SessionKind::Ttl
             }
-            Err(e) => Err(e),
+            Err(e) => return Err(e),
         },
-    }
+    };
+    Ok(Sessions { kind, ttl_min: session_ttl_min(api, agent).await? })
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

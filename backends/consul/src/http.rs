@@ -20,8 +20,8 @@ use hyper_util::{
 use quorate_core::{Config, Result, endpoints::Endpoints};
 use rustls_pki_types::ServerName;
 use tokio::{
-    sync::Semaphore,
-    time::{Instant, timeout},
+    sync::{Semaphore, watch},
+    time::{Instant, sleep, sleep_until},
 };
 
 use crate::{
@@ -34,12 +34,14 @@ use crate::{
 const ANSWER_LIMIT: usize = 64 << 20;
 /// An idle connection is closed before the usual firewall forgets it.
 const IDLE: Duration = Duration::from_secs(90);
+/// How long a blocked query stays at an agent that all other calls have left.
+const ABANDONED_AFTER: Duration = Duration::from_secs(1);
 const TOKEN: HeaderName = HeaderName::from_static("x-consul-token");
 const INDEX: HeaderName = HeaderName::from_static("x-consul-index");
 const FILTERED: HeaderName = HeaderName::from_static("x-consul-results-filtered-by-acls");
 
 /// A request.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Call {
     pub(crate) method: Method,
     /// Path and query, encoded.
@@ -65,6 +67,8 @@ pub(crate) struct Http {
     client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     settings: Settings,
     health: Endpoints,
+    /// Calls may have moved to another agent: those that are blocked look where.
+    moved: watch::Sender<()>,
     // Blocked queries are counted elsewhere: they would starve everything else.
     slots: Semaphore,
 }
@@ -107,10 +111,11 @@ impl Http {
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
+            .pool_max_idle_per_host(settings.connections)
             .build(connector);
         let health = Endpoints::new(settings.agents.len());
         let slots = Semaphore::new(settings.connections);
-        Ok(Self { client, settings, health, slots })
+        Ok(Self { client, settings, health, moved: watch::Sender::new(()), slots })
     }
 
     pub(crate) fn settings(&self) -> &Settings {
@@ -122,9 +127,11 @@ impl Http {
         self.health.pick()
     }
 
-    /// Leaves an agent that answers, but cannot serve.
-    pub(crate) fn left(&self, agent: usize) {
-        self.health.failed(agent);
+    /// Leaves an agent that does not answer, or cannot serve.
+    pub(crate) fn leave(&self, agent: usize) {
+        if self.health.failed(agent) != agent {
+            self.moved.send_replace(());
+        }
     }
 
     /// Names an agent in messages.
@@ -142,15 +149,40 @@ impl Http {
         answer
     }
 
-    /// Sends a blocking query, which the server may hold for up to `patience`.
+    /// Sends a query that the server may hold for up to `patience`, and no longer than a request may take after that.
+    ///
+    /// It is for tasks of our own, which have no other limit. It takes no slot, and follows when all
+    /// other calls leave the agent it is held at.
     pub(crate) async fn block(&self, call: Call, patience: Duration) -> Result<Answer, Failure> {
-        let agent = call.agent.unwrap_or_else(|| self.health.pick());
         let limit = patience + self.settings.request_timeout;
-        match timeout(limit, self.exchange(call, agent)).await {
-            Ok(answer) => answer,
-            Err(_) => {
-                self.health.failed(agent);
-                Err(Failure { sent: true, message: format!("no answer from {} within {limit:?}", self.label(agent)) })
+        let ends = Instant::now() + limit;
+        loop {
+            let agent = self.health.pick();
+            tokio::select! {
+                answer = self.exchange(call.clone(), agent) => return answer,
+                () = sleep_until(ends) => {
+                    self.leave(agent);
+                    let message = format!("no answer from {} within {limit:?}", self.label(agent));
+                    return Err(Failure { sent: true, message });
+                }
+                () = self.abandoned(agent) => {}
+            }
+        }
+    }
+
+    /// Returns when calls have gone to another agent for some time.
+    async fn abandoned(&self, agent: usize) {
+        let mut moved = self.moved.subscribe();
+        loop {
+            while self.health.pick() == agent {
+                if moved.changed().await.is_err() {
+                    return std::future::pending().await;
+                }
+            }
+            // Long enough for an answer that is on its way, and for a change of mind.
+            sleep(ABANDONED_AFTER).await;
+            if self.health.pick() != agent {
+                return;
             }
         }
     }
@@ -164,7 +196,7 @@ impl Http {
         match &answer {
             Ok(answer) if !is_agent_trouble(answer.status, &answer.body) => self.health.succeeded(agent),
             _ => {
-                self.health.failed(agent);
+                self.leave(agent);
             }
         }
         answer.map_err(|failure| Failure {
@@ -204,7 +236,7 @@ impl Drop for Flight<'_> {
     fn drop(&mut self) {
         // A waiter that changed its mind is no sign of a sick agent; one that waited for long is.
         if !self.settled && self.since.elapsed() >= self.http.settings.request_timeout / 2 {
-            self.http.health.failed(self.agent);
+            self.http.leave(self.agent);
         }
     }
 }

@@ -27,7 +27,7 @@ use std::{
 };
 
 use hyper::StatusCode;
-use quorate_core::{ErrorKind, Lease, LeaseId, Result};
+use quorate_core::{Error, ErrorKind, Lease, LeaseId, Result};
 use serde::Deserialize;
 use serde_json::json;
 use tokio::time::{Instant, sleep, timeout};
@@ -44,7 +44,7 @@ pub(crate) const SERVICE: &str = "quorate-session";
 /// The smallest TTL of a lease that stands on a check.
 pub(crate) const CHECK_TTL_MIN: Duration = Duration::from_secs(1);
 /// Consul's default `session_ttl_min`.
-pub(crate) const SESSION_TTL_MIN: Duration = Duration::from_secs(10);
+const SESSION_TTL_MIN: Duration = Duration::from_secs(10);
 /// The longest TTL of a session.
 pub(crate) const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// The least that Consul accepts.
@@ -94,9 +94,9 @@ struct ServiceCheck {
 }
 
 impl Leases {
-    pub(crate) fn new(api: Arc<Api>, kind: SessionKind) -> Self {
-        let min = AtomicU64::new(millis(SESSION_TTL_MIN));
-        Self { api, kind, session_ttl_min: min, homes: Mutex::default() }
+    pub(crate) fn new(api: Arc<Api>, kind: SessionKind, session_ttl_min: Duration) -> Self {
+        let session_ttl_min = AtomicU64::new(millis(session_ttl_min));
+        Self { api, kind, session_ttl_min, homes: Mutex::default() }
     }
 
     fn homes(&self) -> MutexGuard<'_, HashMap<LeaseId, Home>> {
@@ -111,7 +111,16 @@ impl Leases {
                 let ttl = ttl.clamp(CHECK_TTL_MIN, TTL_MAX);
                 let mut service = Registered::new(self.api.clone(), agent);
                 service.register(ttl).await?;
-                let (id, _) = self.create(agent, ttl, Some(&service.id)).await?;
+                // A check that was never passed turns critical when the agent restarts, whatever it was registered as.
+                let (created, passed) =
+                    tokio::join!(self.create(agent, ttl, Some(&service.id)), self.pass("grant", &service.id, agent));
+                let (id, _) = created?;
+                // Whatever became of it: without its service the session is no lease.
+                let unsure =
+                    |e: Error| if e.kind() == ErrorKind::Ambiguous { e.with_kind(ErrorKind::Unavailable) } else { e };
+                if !passed.map_err(unsure)? {
+                    return Err(error(ErrorKind::Unavailable, "grant", "the agent forgot the check it had just taken"));
+                }
                 (id, ttl, Some(service.keep()))
             }
             SessionKind::Ttl => {
@@ -183,7 +192,7 @@ impl Leases {
         let renewal = self.renew_session(lease, &home);
         let stands = match &home.service {
             Some(service) => {
-                let (renewed, passed) = tokio::join!(renewal, self.pass(service, home.agent));
+                let (renewed, passed) = tokio::join!(renewal, self.pass(OP, service, home.agent));
                 // Either "no" is final, whatever happened to the other request.
                 match (renewed, passed) {
                     (Ok(None), _) | (_, Ok(false)) => false,
@@ -222,22 +231,26 @@ impl Leases {
         let service: Option<Arc<str>> = check.and_then(|c| c.id.strip_prefix("service:").map(Into::into));
         let agent = match &service {
             None => here.agent,
-            Some(service) => {
-                let mut found = None;
-                for agent in 0..self.api.http.settings().agents.len() {
-                    if self.pass(service, agent).await.map_err(|e| e.key(lease))? {
-                        found = Some(agent);
-                        break;
-                    }
-                }
-                found.ok_or_else(|| {
-                    let message = "the session stands on a check of an agent that is not among the endpoints";
-                    error(ErrorKind::Unsupported, OP, message).key(lease)
-                })?
-            }
+            Some(service) => self.find_check(lease, service).await?,
         };
         self.homes().insert(lease.clone(), Home { agent, service, ttl, confirmed: sent });
         Ok(ttl)
+    }
+
+    /// Passes a check on whichever of the agents has it; returns that agent.
+    async fn find_check(&self, lease: &LeaseId, service: &str) -> Result<usize> {
+        let mut unreachable = None;
+        for agent in 0..self.api.http.settings().agents.len() {
+            match self.pass("renew", service, agent).await {
+                Ok(true) => return Ok(agent),
+                Ok(false) => {}
+                Err(e) => unreachable = Some(e.key(lease)),
+            }
+        }
+        Err(unreachable.unwrap_or_else(|| {
+            let message = "the session stands on a check of an agent that is not among the endpoints";
+            error(ErrorKind::Unsupported, "renew", message).key(lease)
+        }))
     }
 
     /// `None` if there is no such session.
@@ -258,17 +271,16 @@ impl Leases {
     }
 
     /// `false` if the agent has no such check.
-    async fn pass(&self, service: &str, agent: usize) -> Result<bool> {
-        const OP: &str = "renew";
+    async fn pass(&self, operation: &'static str, service: &str, agent: usize) -> Result<bool> {
         let answer = self.api.put(format!("/v1/agent/check/pass/service:{service}"), Vec::new(), Some(agent)).await;
-        let answer = answer.map_err(|f| f.into_error(OP, Effect::Write))?;
+        let answer = answer.map_err(|f| f.into_error(operation, Effect::Write))?;
         let text = excerpt(&answer.body);
         let unknown = text.contains("does not have associated TTL") || text.contains("Unknown check");
         match answer.status {
             StatusCode::OK => Ok(true),
             StatusCode::NOT_FOUND => Ok(false),
             StatusCode::INTERNAL_SERVER_ERROR if unknown => Ok(false),
-            status => Err(refused(OP, Effect::Write, status, &answer.body)),
+            status => Err(refused(operation, Effect::Write, status, &answer.body)),
         }
     }
 
@@ -309,6 +321,15 @@ impl Leases {
             tokio::join!(destroy(&api, &lease), service).0.ok();
         });
     }
+}
+
+/// The smallest TTL of a session that the servers accept: they name it when they refuse a smaller one.
+pub(crate) async fn session_ttl_min(api: &Api, agent: usize) -> Result<Duration> {
+    let body = json!({ "TTL": "1ns", "Behavior": "delete", "NodeChecks": [] }).to_string().into_bytes();
+    let answer = api.put("/v1/session/create", body, Some(agent)).await;
+    let answer = answer.map_err(|f| f.into_error("connect", Effect::Read))?;
+    // A client without the right to sessions never sees the limit, nor does it meet it.
+    Ok(allowed_min(&excerpt(&answer.body)).unwrap_or(SESSION_TTL_MIN))
 }
 
 /// Registers a service with a TTL check and removes it, to learn whether the agent allows it.

@@ -1,4 +1,65 @@
-//! Consul backend for quorate
+//! Consul backend of quorate.
+//!
+//! Promise: the contract of [`Backend`] on Consul 1.7 and later (tested on 1.8.7), over a small typed client of its own
+//! (hyper, rustls with aws-lc): linearizable reads, fencing tokens from the Raft index, leases of one second and more,
+//! one round trip to join a line, to leave it and to write, and one wake-up for one release.
+//!
+//! # URL
+//! `consul://agent[:8500][,agent…]/namespace?option=value`, with TLS `consuls://agent[:8501]`.
+//!
+//! | option | meaning | default |
+//! |---|---|---|
+//! | `token` | ACL token, sent as `X-Consul-Token` | anonymous |
+//! | `user:password@` | basic authentication, for a proxy in front of the agent | none |
+//! | `session` | what leases are: `agent`, `ttl`, or `auto`, which takes `agent` where the agent allows it | `auto` |
+//! | `connections` | requests under way at once, from 1 to 4096 | 64 |
+//! | `tls_server_name` | the name in the servers' certificates, such as `server.dc1.consul` | the endpoint's host |
+//!
+//! Name agents, not a load balancer: a lease of kind `agent` lives on one agent, and every renewal goes there.
+//!
+//! An agent takes 200 connections from one address (`limits.http_max_conns_per_client`), those of other processes on the
+//! same machine included. This client uses at most `connections` for requests and 64 for waiting; each watch takes one.
+//!
+//! # Rights
+//! With ACLs: `key_prefix "<namespace>/" { policy = "write" }`, `session_prefix "" { policy = "write" }`, and for leases of
+//! kind `agent` also `service_prefix "quorate-session" { policy = "write" }`. Without the last, `auto` falls back to `ttl`.
+//! Consul before 1.11 shows an empty range to a token without rights to it; such a read fails here with `Denied`.
+//!
+//! # Leases
+//! | | `agent` | `ttl` |
+//! |---|---|---|
+//! | made of | a service `quorate-session` with a TTL check, and a session that stands on it | a session |
+//! | smallest TTL | 1 s | the servers' `session_ttl_min`, 10 s by default |
+//! | a dead owner's keys go after | TTL | up to 2 × TTL |
+//! | the owner's machine dies, agent included | up to 2 × TTL, at least 10 s | the same |
+//! | ended early by | see [`Profile::early_end`] | see there |
+//!
+//! Both have lock-delay 0 and behaviour `delete`. In both a session has its own TTL at the servers, and `serfHealth` is not
+//! among its checks. That costs time when a machine dies, and buys that a network partition cannot end a lease
+//! while its holder may still trust it. One exception cannot be avoided: if the endpoint is a Consul *server* and that server
+//! dies or is cut off, autopilot removes it from the cluster some seconds later, and Consul ends the sessions of a removed
+//! node. A client agent beside the application, as Consul recommends, does not have this limit.
+//!
+//! What is seen of a lease elsewhere: one instance of the service `quorate-session` without a port. Of a
+//! dead owner it is critical, affects no other service's health, and is removed by the agent after one to two minutes.
+//!
+//! # Layout
+//! Keys are stored as `<namespace>/<directory>/<name>`, in the waist's encoding; what Consul refuses in a URL is
+//! escaped further (see the source of `path`). A key on a lease is locked by its session. Flags are random: Consul does
+//! not count a write that changes nothing, and the flags make every put a change.
+//!
+//! A ticket is the key `<line>/<session>-<nonce>`, with `-r` or `-w` for readers and writers, locked by its session; its
+//! `CreateIndex` is its token and its place. Every other key below the line counts as a ticket too.
+//!
+//! # Why not the layout of `consul lock`
+//! `consul lock` and the Go package let all contenders fight for one key: every release wakes all of them (56 requests
+//! per grant with 32 contenders), some never get it, and after a crash the lock-delay and 2 × TTL pass (34 s for a TTL of 10 s).
+//! One cannot stand in that fight and in a fair line at once, so quorate chose the line. What remains:
+//! pointed at the same prefix, quorate waits for a `consul lock` that came first; `consul lock` does not see quorate.
+//!
+//! # Measured
+//! See `examples/pair.rs`; Consul 1.8.7, one server on loopback, two cores.
+
 mod api;
 mod config;
 mod connect;
@@ -7,6 +68,7 @@ mod http;
 mod lease;
 mod line;
 mod path;
+mod slot;
 mod tls;
 mod txn;
 mod wait;
@@ -16,16 +78,17 @@ use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use quorate_core::{
-    Backend, Commit, Config, Dir, Enqueue, Fencing, KeyRange, Lease, LeaseId, Line, Place, Profile, Result, Snapshot,
-    Ticket, Txn, Watch, Write,
+    Backend, Check, Commit, Config, Dir, Enqueue, ErrorKind, Fencing, KeyRange, Lease, LeaseId, Line, Place, Profile,
+    Result, Revision, Snapshot, Ticket, Txn, Watch, Write,
 };
 use tokio::sync::watch as signal;
 
 use crate::{
     api::How,
     config::SessionKind,
+    connect::Sessions,
     error::NAME,
-    lease::{CHECK_TTL_MIN, Leases, SESSION_TTL_MIN, TTL_MAX},
+    lease::{CHECK_TTL_MIN, Leases, TTL_MAX},
     line::Lines,
     path::Space,
     txn::{Commits, MAX_TXN, MAX_VALUE},
@@ -56,14 +119,14 @@ impl Consul {
     /// # Cancel safety
     /// Nothing is left behind.
     pub async fn connect(config: &Config) -> Result<Self> {
-        let (api, kind) = connect::open(config).await?;
+        let (api, sessions) = connect::open(config).await?;
         let space = Arc::new(Space::new(&config.namespace));
         let lines = Arc::new(Lines::new(api.clone(), space.clone()));
         let (alive, life) = signal::channel(());
         Ok(Self {
-            profile: profile(kind, config.session_ttl),
+            profile: profile(sessions, config.session_ttl),
             reader: Reader { api: api.clone(), space: space.clone() },
-            leases: Leases::new(api.clone(), kind),
+            leases: Leases::new(api.clone(), sessions.kind, sessions.ttl_min),
             commits: Commits::new(api.clone(), space.clone()),
             waits: Waits::new(api, space, lines.clone(), life),
             lines,
@@ -72,17 +135,30 @@ impl Consul {
     }
 }
 
-fn profile(kind: SessionKind, ttl: Duration) -> Profile {
-    let (early_end, min_ttl, expiry_lag) = match kind {
+impl Consul {
+    /// Leaving without a condition, together with the check that the ticket stands, where its token is remembered:
+    /// only so can it be taken out without leaving a trace (see `slot`).
+    fn guarded(&self, txn: &Txn) -> Option<Txn> {
+        let (true, [Write::Leave(ticket)]) = (txn.checks.is_empty(), &*txn.writes) else { return None };
+        let token = Revision(self.lines.token(ticket)?);
+        let checks = vec![Check::Standing { ticket: ticket.clone(), token }];
+        Some(Txn { checks, writes: txn.writes.clone() })
+    }
+}
+
+fn profile(sessions: Sessions, ttl: Duration) -> Profile {
+    let (early_end, min_ttl, expiry_lag) = match sessions.kind {
         SessionKind::Agent => (
-            "the lease's agent leaving the cluster, losing its data, or being restarted near the end of the ttl",
+            "the lease's agent leaving or losing its data, restarting within a second of the TTL's end, or, if it is a \
+             Consul server, dying or being cut off",
             CHECK_TTL_MIN,
             Duration::from_secs(1),
         ),
+        // Consul ends a session at twice its TTL.
         SessionKind::Ttl => (
-            "the lease's agent leaving the cluster",
-            SESSION_TTL_MIN,
-            ttl.max(SESSION_TTL_MIN) + Duration::from_secs(1),
+            "the lease's agent leaving or, if it is a Consul server, dying or being cut off",
+            sessions.ttl_min,
+            ttl.max(sessions.ttl_min) + Duration::from_secs(1),
         ),
     };
     Profile {
@@ -97,6 +173,7 @@ fn profile(kind: SessionKind, ttl: Duration) -> Profile {
         expiry_lag,
         max_value: MAX_VALUE,
         max_txn: MAX_TXN,
+        txn_leases: MAX_TXN,
     }
 }
 
@@ -111,7 +188,11 @@ impl Backend for Consul {
     }
 
     async fn renew(&self, lease: &LeaseId) -> Result<Duration> {
-        self.leases.renew(lease).await
+        let renewed = self.leases.renew(lease).await;
+        if renewed.as_ref().is_err_and(|e| e.kind() == ErrorKind::SessionLost) {
+            self.lines.lease_lost(lease);
+        }
+        renewed
     }
 
     async fn revoke(&self, lease: &LeaseId) -> Result<()> {
@@ -127,7 +208,14 @@ impl Backend for Consul {
     }
 
     async fn commit(&self, txn: &Txn) -> Result<Commit> {
-        let commit = self.commits.commit(txn).await?;
+        let commit = match self.guarded(txn) {
+            Some(guarded) => match self.commits.commit(&guarded).await? {
+                // Gone already, or written by somebody else.
+                refused if !refused.applied => self.commits.commit(txn).await?,
+                applied => applied,
+            },
+            None => self.commits.commit(txn).await?,
+        };
         if commit.applied {
             for write in &txn.writes {
                 if let Write::Leave(ticket) = write {

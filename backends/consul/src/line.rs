@@ -14,16 +14,18 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
-use quorate_core::{Dir, Enqueue, ErrorKind, Front, LeaseId, Line, Nonce, Place, Result, Revision, Ticket, TicketKind};
+use quorate_core::{Dir, Enqueue, Error, ErrorKind, Front, LeaseId, Line, Place, Result, Revision, Ticket, TicketKind};
 
 use crate::{
-    api::{Api, How, Op, Pair, TxnAnswer},
+    api::{Api, How, Op, OpError, Pair, TxnAnswer},
     error::{Effect, error, session_lost},
     lease::{is_invalid_session, is_session_id},
-    path::Space,
+    path::{Space, is_plain},
+    slot::{Parts, Slots},
     txn::MAX_VALUE,
 };
 
+const OP: &str = "enqueue";
 /// How many lines are remembered at most.
 const REMEMBERED: usize = 4096;
 
@@ -32,6 +34,7 @@ const REMEMBERED: usize = 4096;
 pub(crate) struct Lines {
     api: Arc<Api>,
     space: Arc<Space>,
+    slots: Slots,
     /// By stored directory.
     memory: Mutex<HashMap<String, Memory>>,
 }
@@ -70,7 +73,7 @@ struct Remembered {
 
 impl Lines {
     pub(crate) fn new(api: Arc<Api>, space: Arc<Space>) -> Self {
-        Self { api, space, memory: Mutex::default() }
+        Self { api, space, slots: Slots::new(), memory: Mutex::default() }
     }
 
     fn memory(&self) -> MutexGuard<'_, HashMap<String, Memory>> {
@@ -78,7 +81,6 @@ impl Lines {
     }
 
     pub(crate) async fn enqueue(&self, entry: &Enqueue) -> Result<Option<Place>> {
-        const OP: &str = "enqueue";
         if !is_session_id(entry.lease.as_str()) {
             return Err(session_lost(OP, &entry.lease));
         }
@@ -87,41 +89,74 @@ impl Lines {
             return Err(error(ErrorKind::InvalidInput, OP, message).key(&entry.line));
         }
         let dir = self.space.dir(&entry.line);
-        let name = ticket_name(&entry.lease, entry.nonce, entry.kind);
-        let path = format!("{dir}{name}");
+        let named = self.slots.name(&dir, entry);
+        let path = format!("{dir}{}", named.name);
         let ops = [
             // A repeated attempt must not write the ticket again: its index is its token.
             Op::check_absent(&path),
             Op::lock(&path, &entry.value, 0, entry.lease.as_str()),
             Op::get_tree(&dir),
         ];
-        let members = match self.api.txn(OP, Effect::Write, &ops).await.map_err(|e| e.key(&entry.line))? {
+        let created = match self.join(entry, &dir, &ops).await {
+            Ok(created) => created,
+            Err(e) => {
+                let unmade = !matches!(e.kind(), ErrorKind::Ambiguous | ErrorKind::Backend);
+                // An earlier request under this name may have made it.
+                if unmade && named.fresh {
+                    self.slots.free(&dir, &named.name);
+                }
+                return Err(e);
+            }
+        };
+        let is_new = created.is_some();
+        let members = match created {
+            Some(members) => members,
+            None => members_of(&dir, self.api.list(OP, &dir, How::Consistent).await?.items),
+        };
+        let mut ticket = Ticket { line: entry.line.clone(), name: named.name.clone(), kind: entry.kind };
+        if let Some(first) = first_attempt(entry, &members, &named.name) {
+            // Another client made this attempt before, under a name of its own.
+            if members.iter().any(|(_, name)| *name == named.name) {
+                self.withdraw(&path).await?;
+            }
+            self.slots.free(&dir, &named.name);
+            ticket.name = first;
+        }
+        if let Some(place) = self.place(&dir, ticket, entry.depth, &members) {
+            return Ok(Some(place));
+        }
+        if is_new {
+            self.withdraw(&path).await?;
+            let message = "the token may write the ticket, but not read the line";
+            return Err(error(ErrorKind::Denied, OP, message).key(&entry.line));
+        }
+        let message = "the ticket was removed by somebody while it was looked up";
+        Err(error(ErrorKind::Unavailable, OP, message).key(&entry.line))
+    }
+
+    /// Creates the ticket; the whole line, or `None` if the ticket was there before.
+    async fn join(&self, entry: &Enqueue, dir: &str, ops: &[Op<'_>]) -> Result<Option<Vec<(u64, Arc<str>)>>> {
+        match self.api.txn(OP, Effect::Write, ops).await.map_err(|e| e.key(&entry.line))? {
             TxnAnswer::Done(mut pairs) => {
                 // The first one is what `lock` returned, and comes again in the tree.
                 pairs.drain(..1.min(pairs.len()));
-                members(&dir, pairs)
+                Ok(Some(members_of(dir, pairs)))
             }
-            TxnAnswer::Refused(errors) => {
-                if !errors.iter().any(|e| e.op_index == 0) {
-                    let what = errors.into_iter().next().map_or_else(|| "no reason given".to_owned(), |e| e.what);
-                    return Err(if is_invalid_session(&what) {
-                        session_lost(OP, &entry.lease)
-                    } else if what.contains("Permission denied") {
-                        error(ErrorKind::Denied, OP, what).key(&entry.line)
-                    } else {
-                        error(ErrorKind::Unavailable, OP, what).key(&entry.line)
-                    });
-                }
-                let found = self.api.list(OP, &dir, How::Consistent).await?;
-                members(&dir, found.items)
-            }
-        };
-        let ticket = Ticket { line: entry.line.clone(), name, kind: entry.kind };
-        let place = self.place(&dir, ticket, entry.depth, &members);
-        place.map(Some).ok_or_else(|| {
-            // It was there a moment ago: taken out by somebody, or the lease ended.
-            session_lost(OP, &entry.lease)
-        })
+            TxnAnswer::Refused(errors) => match errors.into_iter().next() {
+                Some(exists) if exists.op_index == 0 => Ok(None),
+                refusal => Err(refused(entry, refusal)),
+            },
+        }
+    }
+
+    /// Takes back a ticket that this call has just made.
+    async fn withdraw(&self, path: &str) -> Result<()> {
+        let unsure = || error(ErrorKind::Ambiguous, OP, "a ticket that is of no use could not be taken back");
+        match self.api.txn(OP, Effect::Write, &[Op::delete(path)]).await {
+            Ok(TxnAnswer::Done(_)) => Ok(()),
+            Ok(TxnAnswer::Refused(_)) => Err(unsure()),
+            Err(e) => Err(unsure().because(e)),
+        }
     }
 
     pub(crate) async fn look(&self, ticket: &Ticket, depth: usize) -> Result<Option<Place>> {
@@ -129,7 +164,7 @@ impl Lines {
         let dir = self.space.dir(&ticket.line);
         let Some(remembered) = self.remembered(&dir, &ticket.name) else {
             let found = self.api.list(OP, &dir, How::Consistent).await?;
-            return Ok(self.place(&dir, ticket.clone(), depth, &members(&dir, found.items)));
+            return Ok(self.place(&dir, ticket.clone(), depth, &members_of(&dir, found.items)));
         };
         if remembered.ahead.is_empty() {
             // Nobody can be ahead any more, however long the line behind is: only the ticket itself matters.
@@ -162,7 +197,7 @@ impl Lines {
         let found = self.api.list("line", &dir, How::Consistent).await?;
         let front = found.items.iter().min_by_key(|pair| (pair.create_index, &pair.key));
         let front = front.map(|pair| Front { token: Revision(pair.create_index), value: pair.value.clone() });
-        let tickets = members(&dir, found.items).into_iter().map(|(_, name)| named(line, name)).collect();
+        let tickets = members_of(&dir, found.items).into_iter().map(|(_, name)| named(line, name)).collect();
         Ok(Line { tickets, front })
     }
 
@@ -174,6 +209,7 @@ impl Lines {
     /// A ticket is known to be gone.
     pub(crate) fn left(&self, ticket: &Ticket) {
         let dir = self.space.dir(&ticket.line);
+        self.slots.free(&dir, &ticket.name);
         let mut memory = self.memory();
         if let Some(line) = memory.get_mut(&dir) {
             line.remove(&ticket.name);
@@ -183,11 +219,21 @@ impl Lines {
         }
     }
 
+    /// The servers do not know a lease any more, or are about to forget it. Its tickets may stand for a moment yet, so
+    /// that others still see them ahead; what is forgotten is only that they are ours.
+    pub(crate) fn lease_lost(&self, lease: &LeaseId) {
+        self.slots.lease_ended(lease);
+        self.memory().retain(|_, line| {
+            line.mine.retain(|name| !is_of(lease, name));
+            !line.mine.is_empty()
+        });
+    }
+
     /// Every ticket of a lease is known to be gone.
     pub(crate) fn lease_ended(&self, lease: &LeaseId) {
-        let of_lease = |name: &str| name.strip_prefix(lease.as_str()).is_some_and(|rest| rest.starts_with('-'));
+        self.slots.lease_ended(lease);
         self.memory().retain(|_, line| {
-            let gone: Vec<_> = line.index.keys().filter(|name| of_lease(name)).cloned().collect();
+            let gone: Vec<_> = line.index.keys().filter(|name| is_of(lease, name)).cloned().collect();
             for name in gone {
                 line.remove(&name);
             }
@@ -204,6 +250,11 @@ impl Lines {
         };
         let ahead = members[..at].iter().rev().take(depth.max(1));
         let ahead = ahead.map(|(_, name)| named(&ticket.line, name.clone())).collect();
+        let place = Place { token: Revision(members[at].0), ticket, ahead };
+        // A name that no URL can carry cannot be asked for alone: such a ticket is always looked up in full.
+        if !place.ticket.name.chars().all(is_plain) {
+            return Some(place);
+        }
         let mut memory = self.memory();
         if memory.len() >= REMEMBERED && !memory.contains_key(dir) {
             memory.clear();
@@ -212,8 +263,8 @@ impl Lines {
         for (index, name) in &members[..=at] {
             line.add(*index, name);
         }
-        line.mine.insert(ticket.name.clone());
-        Some(Place { ticket, token: Revision(members[at].0), ahead })
+        line.mine.insert(place.ticket.name.clone());
+        Some(place)
     }
 
     fn remembered(&self, dir: &str, name: &str) -> Option<Remembered> {
@@ -226,8 +277,18 @@ impl Lines {
     }
 }
 
+/// The error for a transaction that did not create the ticket.
+fn refused(entry: &Enqueue, refusal: Option<OpError>) -> Error {
+    let what = refusal.map_or_else(|| "Consul refused without a reason".to_owned(), |e| e.what);
+    if is_invalid_session(&what) {
+        return session_lost(OP, &entry.lease);
+    }
+    let kind = if what.contains("Permission denied") { ErrorKind::Denied } else { ErrorKind::Unavailable };
+    error(kind, OP, what).key(&entry.line)
+}
+
 /// The tickets of a line in their order.
-fn members(dir: &str, pairs: Vec<Pair>) -> Vec<(u64, Arc<str>)> {
+fn members_of(dir: &str, pairs: Vec<Pair>) -> Vec<(u64, Arc<str>)> {
     let mut members: Vec<(u64, Arc<str>)> = pairs
         .into_iter()
         .filter_map(|pair| Some((pair.create_index, pair.key.strip_prefix(dir)?.into())))
@@ -238,13 +299,15 @@ fn members(dir: &str, pairs: Vec<Pair>) -> Vec<(u64, Arc<str>)> {
     members
 }
 
-fn ticket_name(lease: &LeaseId, nonce: Nonce, kind: TicketKind) -> Arc<str> {
-    match kind {
-        TicketKind::Lock => format!("{lease}-{nonce}"),
-        TicketKind::Read => format!("{lease}-{nonce}-r"),
-        TicketKind::Write => format!("{lease}-{nonce}-w"),
-    }
-    .into()
+fn is_of(lease: &LeaseId, name: &str) -> bool {
+    name.strip_prefix(lease.as_str()).is_some_and(|rest| rest.starts_with('-'))
+}
+
+/// The ticket that another client made for the same lease and nonce, if there is one.
+fn first_attempt(entry: &Enqueue, members: &[(u64, Arc<str>)], name: &Arc<str>) -> Option<Arc<str>> {
+    let of_lease = |other: &&(u64, Arc<str>)| other.1 != *name && other.1.starts_with(entry.lease.as_str());
+    let same = |other: &&(u64, Arc<str>)| Parts::of(&other.1).is_some_and(|parts| parts.is_of(entry));
+    members.iter().filter(of_lease).find(same).map(|(_, other)| other.clone())
 }
 
 fn named(line: &Dir, name: Arc<str>) -> Ticket {

@@ -29,6 +29,7 @@ use crate::{
     error::{Effect, error, session_lost},
     lease::{is_invalid_session, is_session_id},
     path::Space,
+    slot::Parts,
 };
 
 const OP: &str = "commit";
@@ -205,10 +206,20 @@ impl Commits {
                     }
                     plan.push(Role::Other, Op::delete(path));
                 }
-                Write::Leave(ticket) => plan.push(Role::Other, Op::delete(self.ticket(ticket))),
+                Write::Leave(ticket) => plan.push(Role::Other, self.leave(txn, ticket)),
             }
         }
         plan
+    }
+
+    fn leave<'a>(&self, txn: &Txn, ticket: &Ticket) -> Op<'a> {
+        let checked = |check: &Check| matches!(check, Check::Standing { ticket: standing, .. } if standing == ticket);
+        match Parts::of(&ticket.name) {
+            Some(parts) if txn.checks.iter().any(checked) => {
+                Op::delete_tree(ticket_path(&self.space, &ticket.line, parts.slot))
+            }
+            _ => Op::delete(self.ticket(ticket)),
+        }
     }
 
     fn ticket(&self, ticket: &Ticket) -> String {

@@ -23,14 +23,14 @@ use std::{
     time::Duration,
 };
 
-use quorate_core::{Error, Result, Ticket};
+use quorate_core::{ErrorKind, Result, Ticket};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, watch},
     time::sleep,
 };
 
 use crate::{
-    api::{Api, Found, How},
+    api::{Api, How},
     line::Lines,
     path::Space,
     txn::ticket_path,
@@ -95,7 +95,7 @@ impl Waits {
         let shared = &self.shared;
         let path = ticket_path(&shared.space, &ticket.line, &ticket.name);
         if let Some(mut gone) = shared.clone().single(ticket, &path) {
-            // An error means that the client is shut down; the next call says so.
+            // An error means that the query was given up: the caller looks, as after every wait.
             gone.wait_for(|gone| *gone).await.ok();
             return Ok(());
         }
@@ -157,9 +157,9 @@ impl Shared {
         let mut index = token;
         let mut pause = Pause::default();
         loop {
-            let how = if index == 0 { How::Consistent } else { How::Blocking { index, wait: WAIT } };
-            match self.api.get(OP, path, how).await {
-                Ok(Found { items, .. }) if items.is_empty() => {
+            match self.api.get(OP, path, How::since(index, WAIT)).await {
+                // Of a later state than the ticket, or from a majority: a deposed leader must not wake anybody.
+                Ok(found) if found.items.is_empty() && found.index > index => {
                     self.lines.left(ticket);
                     if let Some(gone) = lock(&self.tickets).remove(path) {
                         gone.send_replace(true);
@@ -167,12 +167,20 @@ impl Shared {
                     return;
                 }
                 Ok(found) => {
-                    index = next_index(index, found.index);
+                    index = if found.items.is_empty() { 0 } else { next_index(index, found.index) };
                     pause = Pause::default();
                 }
                 Err(error) => {
+                    tracing::debug!(%error, "a wait is interrupted and will be made again");
                     index = 0;
-                    pause.after(&error).await;
+                    pause.sleep().await;
+                    if error.kind() != ErrorKind::Unavailable {
+                        // Repeating it may never help (a name that no URL can carry, a token that was revoked).
+                        // The caller's next look says more.
+                        sleep(Duration::from_secs(1)).await;
+                        lock(&self.tickets).remove(path);
+                        return;
+                    }
                 }
             }
             // Under the lock, so that nobody joins a query that ends without a word.
@@ -209,8 +217,7 @@ impl Shared {
         let mut index = 0;
         let mut pause = Pause::default();
         loop {
-            let how = if index == 0 { How::Consistent } else { How::Blocking { index, wait: WAIT } };
-            let found = self.api.keys(OP, dir, how).await;
+            let found = self.api.keys(OP, dir, How::since(index, WAIT)).await;
             {
                 // Under the lock, so that nobody joins a query that ends without a word.
                 let mut whole = lock(&self.whole);
@@ -229,8 +236,9 @@ impl Shared {
                     pause = Pause::default();
                 }
                 Err(error) => {
+                    tracing::debug!(%error, "the wait for a line is interrupted and will be made again");
                     index = 0;
-                    pause.after(&error).await;
+                    pause.sleep().await;
                 }
             }
         }
@@ -266,8 +274,7 @@ pub(crate) fn next_index(last: u64, now: u64) -> u64 {
 pub(crate) struct Pause(u32);
 
 impl Pause {
-    pub(crate) async fn after(&mut self, error: &Error) {
-        tracing::debug!(%error, "a blocked query failed and is made again");
+    pub(crate) async fn sleep(&mut self) {
         let longest = Duration::from_millis(50 << self.0.min(6));
         self.0 += 1;
         sleep(longest.mul_f64(rand::random_range(0.5..1.0))).await;

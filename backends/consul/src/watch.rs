@@ -6,7 +6,7 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use quorate_core::{
-    Entry, Error, Key, KeyRange, LeaseId, Result, Revision, Snapshot, Watch, WatchEvent, WatchSender,
+    Entry, Key, KeyRange, LeaseId, Result, Revision, Snapshot, Watch, WatchEvent, WatchSender,
     watch::{Lagged, WATCH_CAPACITY, channel},
 };
 use tokio::sync::watch as signal;
@@ -46,8 +46,14 @@ impl Reader {
     pub(crate) async fn watch(&self, range: &KeyRange, mut alive: signal::Receiver<()>) -> Result<Watch> {
         let first = self.read("watch", range, How::Consistent).await?;
         let (sender, watch) = channel(WATCH_CAPACITY);
-        let mut follower =
-            Follower { reader: self.clone(), range: range.clone(), sender, known: HashMap::new(), index: 0 };
+        let mut follower = Follower {
+            reader: self.clone(),
+            range: range.clone(),
+            sender,
+            known: HashMap::new(),
+            index: 0,
+            doubt: false,
+        };
         follower.reset(first);
         tokio::spawn(async move {
             tokio::select! {
@@ -82,7 +88,10 @@ struct Follower {
     sender: WatchSender,
     /// What the reader of the watch has been told.
     known: HashMap<Key, Revision>,
+    /// What to wait on; 0 for a read at once, confirmed by a majority.
     index: u64,
+    /// An answer was older than one before it.
+    doubt: bool,
 }
 
 impl Follower {
@@ -90,9 +99,8 @@ impl Follower {
         let mut pause = Pause::default();
         let mut interrupted = false;
         loop {
-            let how = if self.index == 0 { How::Consistent } else { How::Blocking { index: self.index, wait: WAIT } };
             let read = tokio::select! {
-                read = self.reader.read("watch", &self.range, how) => read,
+                read = self.reader.read("watch", &self.range, How::since(self.index, WAIT)) => read,
                 () = self.sender.closed() => return,
             };
             match read {
@@ -106,11 +114,11 @@ impl Follower {
                     interrupted = true;
                     // What is read next must not be waited for: the servers may have lost their data.
                     self.index = 0;
-                    let paused = pause.after(&error);
-                    let told = self.interrupt(&error);
-                    debug_assert!(told, "an interruption always fits");
+                    tracing::debug!(%error, "a watch is interrupted and will be made again");
+                    // An interruption always fits.
+                    self.sender.send(WatchEvent::Interrupted(error)).ok();
                     tokio::select! {
-                        () = paused => {}
+                        () = pause.sleep() => {}
                         () = self.sender.closed() => return,
                     }
                 }
@@ -118,22 +126,19 @@ impl Follower {
         }
     }
 
-    fn interrupt(&self, error: &Error) -> bool {
-        let copy = Error::new(error.kind(), "watch", error.to_string()).key(&self.range).on(crate::error::NAME);
-        self.sender.send(WatchEvent::Interrupted(copy)).is_ok()
-    }
-
     fn reset(&mut self, now: Snapshot) {
         self.known = now.entries.iter().map(|e| (e.key.clone(), e.modified)).collect();
         self.index = now.revision.0.max(1);
+        self.doubt = false;
         // A reset is never refused.
         self.sender.send(WatchEvent::Reset(now)).ok();
     }
 
     fn changed(&mut self, now: Snapshot) {
-        let same = |e: &Entry| self.known.get(&e.key) == Some(&e.modified);
-        if now.revision.0 < self.index {
-            // Old deletions were forgotten, or the data is not the same any more.
+        if self.doubt {
+            self.doubt = false;
+            // Read from a majority. The same keys: old deletions were forgotten. Others: the data is another.
+            let same = |e: &Entry| self.known.get(&e.key) == Some(&e.modified);
             if now.entries.len() == self.known.len() && now.entries.iter().all(same) {
                 self.index = now.revision.0.max(1);
             } else {
@@ -143,7 +148,10 @@ impl Follower {
         }
         let last = self.index;
         self.index = next_index(last, now.revision.0);
-        if self.tell(&now, last) == Err(Lagged) {
+        if self.index == 0 {
+            // A leader that has just been deposed may answer so: nothing of it is told.
+            self.doubt = true;
+        } else if self.tell(&now, last) == Err(Lagged) {
             self.reset(now);
         }
     }

@@ -138,6 +138,7 @@ fn profile() -> Profile {
         expiry_lag: Duration::from_secs(2),
         max_value: txn::MAX_VALUE,
         max_txn: txn::MAX_TXN,
+        txn_leases: txn::MAX_TXN,
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::{
     collections::VecDeque,
-    fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
@@ -10,81 +9,15 @@ use std::{
     time::Duration,
 };
 
-use quorate_core::{Error, ErrorKind, LeaseId, Result};
+use quorate_core::{Error, ErrorKind, LeaseId, Result, layer::Verb};
 use tokio::{sync::Notify, time::sleep};
 
 use crate::store::Store;
 
-/// A method of [`Backend`](quorate_core::Backend), to say which calls a fault is meant for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Verb {
-    /// `grant`
-    Grant,
-    /// `renew`
-    Renew,
-    /// `revoke`
-    Revoke,
-    /// `read`
-    Read,
-    /// `commit`
-    Commit,
-    /// `watch`
-    Watch,
-    /// `enqueue`
-    Enqueue,
-    /// `look`
-    Look,
-    /// `line`
-    Line,
-    /// `gone`
-    Gone,
-}
-
-impl Verb {
-    /// Every verb.
-    pub const ALL: [Self; 10] = [
-        Self::Grant,
-        Self::Renew,
-        Self::Revoke,
-        Self::Read,
-        Self::Commit,
-        Self::Watch,
-        Self::Enqueue,
-        Self::Look,
-        Self::Line,
-        Self::Gone,
-    ];
-
-    /// The verbs that change something, and so are `Ambiguous` when they are not answered.
-    pub const WRITES: [Self; 5] = [Self::Grant, Self::Renew, Self::Revoke, Self::Commit, Self::Enqueue];
-
-    /// The method's name.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Grant => "grant",
-            Self::Renew => "renew",
-            Self::Revoke => "revoke",
-            Self::Read => "read",
-            Self::Commit => "commit",
-            Self::Watch => "watch",
-            Self::Enqueue => "enqueue",
-            Self::Look => "look",
-            Self::Line => "line",
-            Self::Gone => "gone",
-        }
-    }
-
-    /// The error of a call that was sent and got no answer.
-    pub(crate) fn unanswered(self, message: &str) -> Error {
-        let write = Self::WRITES.contains(&self);
-        Error::new(if write { ErrorKind::Ambiguous } else { ErrorKind::Unavailable }, self.as_str(), message)
-    }
-}
-
-impl fmt::Display for Verb {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
+/// The error of a call that was sent and got no answer.
+pub(crate) fn unanswered(verb: Verb, message: &str) -> Error {
+    let kind = if verb.writes() { ErrorKind::Ambiguous } else { ErrorKind::Unavailable };
+    Error::new(kind, verb.as_str(), message)
 }
 
 /// Makes things go wrong for one client of a store in memory; other clients of the store notice only what they
@@ -360,7 +293,7 @@ impl Link {
         self.until(|state| !state.paused).await;
         let state = self.state();
         if verb != Verb::Gone && (state.cut || state.cuts != cuts) {
-            return Err(verb.unanswered("this client was cut off before the answer came"));
+            return Err(unanswered(verb, "this client was cut off before the answer came"));
         }
         Ok(reply)
     }

@@ -61,7 +61,9 @@ use quorate_core::{
 };
 use tokio::time::sleep_until;
 
-pub use crate::faults::{Faults, Verb};
+pub use quorate_core::layer::Verb;
+
+pub use crate::faults::Faults;
 use crate::{
     faults::{Link, Reply},
     store::{State, Store},
@@ -82,6 +84,7 @@ const PROFILE: Profile = Profile {
     expiry_lag: Duration::ZERO,
     max_value: MAX_VALUE,
     max_txn: MAX_TXN,
+    txn_leases: MAX_TXN,
 };
 
 /// The named stores of this process. A store is kept alive by its clients only.
@@ -160,7 +163,7 @@ impl Memory {
         let answer = work(&mut self.store.lock()).map_err(|e| e.key(subject).on("memory"));
         match reply {
             Reply::Delivered => answer,
-            Reply::Lost => Err(verb.unanswered("the reply was lost on request").key(subject).on("memory")),
+            Reply::Lost => Err(faults::unanswered(verb, "the reply was lost on request").key(subject).on("memory")),
         }
     }
 }

@@ -211,7 +211,7 @@ async fn a_write_under_way_when_the_client_is_cut_off_is_ambiguous() {
             }
         }
         for (verb, kind) in calls.await.unwrap() {
-            let write = Verb::WRITES.contains(&verb);
+            let write = verb.writes();
             let expected = if write { ErrorKind::Ambiguous } else { ErrorKind::Unavailable };
             assert_eq!(kind, Some(expected), "{verb}, healed before the answer: {healed}");
         }
@@ -266,7 +266,7 @@ async fn a_call_whose_reply_is_lost_has_been_applied() {
     let (lease, place) = join(&a).await;
     a.faults().lose_reply(Verb::ALL, 9);
     for (verb, kind) in every_verb(&a, &lease, &place.ticket).await {
-        let write = Verb::WRITES.contains(&verb);
+        let write = verb.writes();
         assert_eq!(kind, Some(if write { ErrorKind::Ambiguous } else { ErrorKind::Unavailable }), "{verb}");
     }
     assert_eq!(keys(&b).await, 1);

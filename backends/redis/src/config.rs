@@ -8,6 +8,8 @@ use redis::{
     TlsCertificates, io::tcp::TcpSettings,
 };
 
+use rustls::pki_types::{CertificateDer, pem::PemObject};
+
 use crate::error::NAME;
 
 const PORT: u16 = 6379;
@@ -159,6 +161,9 @@ fn certificates(tls: &Tls) -> Result<TlsCertificates> {
         _ => None,
     };
     let root_cert = tls.ca.as_ref().map(file).transpose()?;
+    if root_cert.as_ref().is_some_and(|pem| CertificateDer::pem_slice_iter(pem).flatten().next().is_none()) {
+        return Err(bad("the CA file holds no certificate"));
+    }
     let tls = TlsCertificates { client_tls, root_cert };
     // Malformed files are the caller's mistake, to be told before the first connection.
     let probe = ConnectionAddr::TcpTls { host: "h".into(), port: PORT, insecure: false, tls_params: None };

@@ -31,6 +31,7 @@ use crate::{
     hub::Hub,
     link::{Broken, Link},
     script::{Call, HELLO, Keys},
+    sentinel::primary,
 };
 
 /// How long one endpoint is waited for before the next one is tried beside it.
@@ -76,7 +77,13 @@ impl Connector {
     /// Makes one attempt on all endpoints, each started a little after the one before.
     pub(crate) async fn attempt(&self, number: u64) -> Result<Link, Failure> {
         let limit = self.options.connect_timeout;
-        match timeout(limit, self.race(number)).await {
+        let attempt = async {
+            match &self.options.topology {
+                Topology::Sentinel { master } => self.through_sentinels(master, number).await,
+                Topology::Standalone | Topology::Cluster => self.race(number).await,
+            }
+        };
+        match timeout(limit, attempt).await {
             Ok(result) => result,
             Err(_) => {
                 Err(Failure::new(ErrorKind::Unavailable, format!("{} did not answer within {limit:?}", self.names())))
@@ -112,7 +119,7 @@ impl Connector {
                     let failure = Failure { text: format!("{address}: {}", failure.text), ..failure };
                     worst = Some(match worst {
                         None => failure,
-                        Some(before) => more_telling(before, failure),
+                        Some(before) => before.or_more_telling(failure),
                     });
                 }
             }
@@ -120,18 +127,19 @@ impl Connector {
         Err(worst.unwrap_or_else(|| Failure::new(ErrorKind::Unavailable, "no endpoint")))
     }
 
+    async fn through_sentinels(&self, master: &str, number: u64) -> Result<Link, Failure> {
+        let primary = primary(&self.options, master).await?;
+        self.open(&primary, number).await.map_err(|refused| {
+            let failure = refused.into_failure();
+            Failure { text: format!("the primary {primary}: {}", failure.text), ..failure }
+        })
+    }
+
     /// Opens a link through one endpoint: to it, or to where it points.
     async fn through(&self, address: &Address, number: u64) -> Result<Link, Failure> {
-        match &self.options.topology {
-            Topology::Standalone => self.open(address, number).await.map_err(Refused::into_failure),
-            Topology::Sentinel { master } => {
-                let primary = self.ask_sentinel(address, master).await?;
-                self.open(&primary, number).await.map_err(|refused| {
-                    let failure = refused.into_failure();
-                    Failure { text: format!("its primary {primary}: {}", failure.text), ..failure }
-                })
-            }
+        match self.options.topology {
             Topology::Cluster => self.follow(address, number).await,
+            _ => self.open(address, number).await.map_err(Refused::into_failure),
         }
     }
 
@@ -174,34 +182,6 @@ impl Connector {
             }
         }
         *self.known() = found;
-    }
-
-    async fn ask_sentinel(&self, address: &Address, master: &str) -> Result<Address, Failure> {
-        let mut answer = self.sentinel_says(address, master, false).await;
-        // Most sentinels have no password even where the servers have one.
-        if self.options.has_login() && answer.as_ref().is_err_and(|e| e.code() == Some("NOAUTH")) {
-            answer = self.sentinel_says(address, master, true).await;
-        }
-        let parts = match answer.map_err(|e| classify_connect(&e))? {
-            Value::Array(parts) => parts,
-            _ => {
-                let text = format!("the sentinel knows no primary named {master:?}");
-                return Err(Failure::new(ErrorKind::Unavailable, text));
-            }
-        };
-        let mut words = parts.into_iter().filter_map(|v| redis::from_redis_value::<String>(v).ok());
-        match (words.next(), words.next().and_then(|p| p.parse().ok())) {
-            (Some(host), Some(port)) => Ok(Address { host, port }),
-            _ => Err(Failure::new(ErrorKind::Backend, "the sentinel's answer is malformed")),
-        }
-    }
-
-    async fn sentinel_says(&self, address: &Address, master: &str, login: bool) -> Result<Value, RedisError> {
-        let client = Client::open(self.options.sentinel(address, login)?)?;
-        let mut conn = client.get_multiplexed_async_connection_with_config(&self.settings()).await?;
-        let mut cmd = redis::cmd("SENTINEL");
-        cmd.arg("GET-MASTER-ADDR-BY-NAME").arg(master);
-        conn.send_packed_command(&cmd).await?.extract_error()
     }
 
     fn settings(&self) -> AsyncConnectionConfig {
@@ -313,18 +293,4 @@ impl Refused {
             }
         }
     }
-}
-
-/// Of several endpoints' failures, the one that the caller can do something about.
-fn more_telling(a: Failure, b: Failure) -> Failure {
-    let rank = |f: &Failure| match f.kind {
-        ErrorKind::Denied => 3,
-        ErrorKind::Unavailable => 1,
-        _ => 2,
-    };
-    let (mut told, other) = if rank(&b) > rank(&a) { (b, a) } else { (a, b) };
-    if rank(&told) == rank(&other) {
-        told.text = format!("{}; {}", told.text, other.text);
-    }
-    told
 }

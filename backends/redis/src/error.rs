@@ -43,6 +43,8 @@ const NOT_NOW: &[(&str, Verdict)] = &[
 
 const NO_ACCESS: &[&str] = &["NOAUTH", "WRONGPASS", "NOPERM"];
 
+const NO_ACCESS_IN_SCRIPT: &[&str] = &["The user executing the script can't", "ACL failure in script"];
+
 /// An error without the call it belongs to: kind and text, so that one failed connection attempt can be
 /// reported to everybody who waited for it.
 #[derive(Debug, Clone)]
@@ -54,6 +56,20 @@ pub(crate) struct Failure {
 impl Failure {
     pub(crate) fn new(kind: ErrorKind, text: impl Into<String>) -> Self {
         Self { kind, text: text.into() }
+    }
+
+    /// Of two endpoints' failures, the one that the caller can do something about, or both.
+    pub(crate) fn or_more_telling(self, other: Self) -> Self {
+        let rank = |f: &Self| match f.kind {
+            ErrorKind::Denied => 3,
+            ErrorKind::Unavailable => 1,
+            _ => 2,
+        };
+        let (mut told, other) = if rank(&other) > rank(&self) { (other, self) } else { (self, other) };
+        if rank(&told) == rank(&other) {
+            told.text = format!("{}; {}", told.text, other.text);
+        }
+        told
     }
 
     pub(crate) fn error(&self, operation: &'static str) -> Error {
@@ -103,9 +119,13 @@ pub(crate) fn unexpected(operation: &'static str, error: &RedisError) -> Error {
 fn refusal(error: &RedisError, text: String) -> (Failure, Verdict) {
     let detail = error.detail().unwrap_or_default();
     let outer = error.code().unwrap_or_default();
-    // Before version 7 the server wraps what stopped a script: "ERR Error running script … -OOM command …".
-    let said = |code: &str| outer == code || (outer == "ERR" && contains_code(detail, code));
-    if NO_ACCESS.iter().any(|code| said(code)) || detail.contains("The user executing the script can't") {
+    // Before version 7 the server wraps what stopped a script: "ERR Error running script … -OOM command …", or
+    // "@user_script: 1: -OOM command …".
+    let wrapped = outer == "ERR" || outer.starts_with("@user_script");
+    let said = |code: &str| outer == code || (wrapped && contains_code(detail, code));
+    // Within a script, servers of different age put a missing permission into different words.
+    let denied = |words: &&str| wrapped && detail.contains(words);
+    if NO_ACCESS.iter().any(|code| said(code)) || NO_ACCESS_IN_SCRIPT.iter().any(denied) {
         return (Failure::new(ErrorKind::Denied, text), Verdict::Keep);
     }
     if let Some((_, verdict)) = NOT_NOW.iter().find(|(code, _)| said(code)) {
@@ -152,6 +172,7 @@ mod tests {
             ("-NOAUTH Authentication required.\r\n", (ErrorKind::Denied, Verdict::Keep)),
             ("-WRONGPASS invalid username-password pair\r\n", (ErrorKind::Denied, Verdict::Keep)),
             ("-NOPERM User x has no permissions\r\n", (ErrorKind::Denied, Verdict::Keep)),
+            ("-ERR ACL failure in script: User app has no permissions\r\n", (ErrorKind::Denied, Verdict::Keep)),
             ("-LOADING Redis is loading the dataset in memory\r\n", (ErrorKind::Unavailable, Verdict::Keep)),
             ("-READONLY You can't write against a read only replica.\r\n", (ErrorKind::Unavailable, Verdict::Leave)),
             ("-MOVED 3999 127.0.0.1:6381\r\n", (ErrorKind::Unavailable, Verdict::Leave)),
@@ -159,6 +180,10 @@ mod tests {
             ("-NOREPLICAS Not enough good replicas to write.\r\n", (ErrorKind::Unavailable, Verdict::Leave)),
             ("-OOM command not allowed when used memory > 'maxmemory'.\r\n", (ErrorKind::Backend, Verdict::Keep)),
             ("-WRONGTYPE Operation against a key\r\n", (ErrorKind::Corrupt, Verdict::Keep)),
+            (
+                "-@user_script: 1: -READONLY You can't write against a read only replica.\r\n",
+                (ErrorKind::Unavailable, Verdict::Leave),
+            ),
             (
                 "-ERR Error running script (call to f_1): @user_script:1: -READONLY You can't write\r\n",
                 (ErrorKind::Unavailable, Verdict::Leave),

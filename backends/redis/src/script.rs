@@ -7,8 +7,11 @@ use std::{fmt, sync::LazyLock};
 
 use redis::{Cmd, RedisError, RedisResult, ServerErrorKind, Value, aio::MultiplexedConnection};
 
-/// Ends leases whose time has passed, runs the script's `main`, and tells watchers what changed.
-const EPILOGUE: &str = include_str!("lua/epilogue.lua");
+const PRELUDE: &str = include_str!("lua/prelude.lua");
+const REVISING: &str = include_str!("lua/revising.lua");
+const TICKETS: &str = include_str!("lua/tickets.lua");
+const ENDS: &str = include_str!("lua/ends.lua");
+const WATCHING: &str = include_str!("lua/watching.lua");
 
 /// A script of this crate.
 pub(crate) struct Script {
@@ -17,9 +20,25 @@ pub(crate) struct Script {
 }
 
 impl Script {
-    // `grows` is a Lua expression: whether the script adds data and is to be refused when memory is short.
-    fn new(grows: &str, main: &str, end: &str) -> Self {
-        let code = format!("local grows = {grows}\n{}{main}{end}", include_str!("lua/prelude.lua"));
+    /// A script that makes no key go by itself: it needs to know how only if a lease has ended, which is rare.
+    fn lean(body: &str) -> Self {
+        Self::of(&["if #due > 0 then", REVISING, TICKETS, ENDS, "reap() store() tell()", "end", body])
+    }
+
+    /// A lean script that watches directories.
+    fn watching(body: &str) -> Self {
+        Self::lean(&[REVISING, WATCHING, body].concat())
+    }
+
+    /// A script that makes keys or leases go if this Lua expression says so; it calls `tell` when all is done,
+    /// once, so that watchers get one message for each revision.
+    fn full(needed: &str, body: &str) -> Self {
+        let needed = format!("if #due > 0 or {needed} then");
+        Self::of(&[REVISING, TICKETS, &needed, ENDS, "reap()", "end", body])
+    }
+
+    fn of(parts: &[&str]) -> Self {
+        let code = format!("{PRELUDE}\n{}", parts.join("\n"));
         let sha = redis::Script::new(&code).get_hash().to_owned();
         Self { code, sha }
     }
@@ -31,25 +50,19 @@ impl fmt::Debug for Script {
     }
 }
 
-pub(crate) static HELLO: LazyLock<Script> = LazyLock::new(|| Script::new("false", include_str!("lua/hello.lua"), ""));
-pub(crate) static GRANT: LazyLock<Script> =
-    LazyLock::new(|| Script::new("true", include_str!("lua/grant.lua"), EPILOGUE));
-pub(crate) static RENEW: LazyLock<Script> =
-    LazyLock::new(|| Script::new("false", include_str!("lua/renew.lua"), EPILOGUE));
-pub(crate) static REVOKE: LazyLock<Script> =
-    LazyLock::new(|| Script::new("false", include_str!("lua/revoke.lua"), EPILOGUE));
-pub(crate) static READ: LazyLock<Script> =
-    LazyLock::new(|| Script::new("false", include_str!("lua/read.lua"), EPILOGUE));
+pub(crate) static HELLO: LazyLock<Script> =
+    LazyLock::new(|| Script::of(&[REVISING, TICKETS, ENDS, include_str!("lua/hello.lua")]));
+pub(crate) static GRANT: LazyLock<Script> = LazyLock::new(|| Script::lean(include_str!("lua/grant.lua")));
+pub(crate) static RENEW: LazyLock<Script> = LazyLock::new(|| Script::lean(include_str!("lua/renew.lua")));
+pub(crate) static REVOKE: LazyLock<Script> = LazyLock::new(|| Script::full("true", include_str!("lua/revoke.lua")));
+pub(crate) static READ: LazyLock<Script> = LazyLock::new(|| Script::watching(include_str!("lua/read.lua")));
 pub(crate) static COMMIT: LazyLock<Script> =
-    LazyLock::new(|| Script::new("ARGV[1] == '1'", include_str!("lua/commit.lua"), EPILOGUE));
-pub(crate) static ENQUEUE: LazyLock<Script> =
-    LazyLock::new(|| Script::new("true", include_str!("lua/enqueue.lua"), EPILOGUE));
-pub(crate) static LOOK: LazyLock<Script> =
-    LazyLock::new(|| Script::new("false", include_str!("lua/look.lua"), EPILOGUE));
-pub(crate) static LINE: LazyLock<Script> =
-    LazyLock::new(|| Script::new("false", include_str!("lua/line.lua"), EPILOGUE));
-pub(crate) static WAIT: LazyLock<Script> =
-    LazyLock::new(|| Script::new("false", include_str!("lua/wait.lua"), EPILOGUE));
+    LazyLock::new(|| Script::full("ARGV[1] ~= ''", include_str!("lua/commit.lua")));
+pub(crate) static RELEASE: LazyLock<Script> = LazyLock::new(|| Script::lean(include_str!("lua/release.lua")));
+pub(crate) static ENQUEUE: LazyLock<Script> = LazyLock::new(|| Script::lean(include_str!("lua/enqueue.lua")));
+pub(crate) static LOOK: LazyLock<Script> = LazyLock::new(|| Script::lean(include_str!("lua/look.lua")));
+pub(crate) static LINE: LazyLock<Script> = LazyLock::new(|| Script::lean(include_str!("lua/line.lua")));
+pub(crate) static WAIT: LazyLock<Script> = LazyLock::new(|| Script::watching(include_str!("lua/wait.lua")));
 
 /// The three keys of a namespace. All carry the same hash tag, so that they share one slot of a cluster.
 #[derive(Debug, Clone)]

@@ -50,7 +50,7 @@ impl Conn {
         *self.over.borrow() || self.client.state().is_terminated()
     }
 
-    fn is_connected(&self) -> bool {
+    pub(crate) fn is_connected(&self) -> bool {
         self.client.state() == zk::SessionState::SyncConnected
     }
 
@@ -128,7 +128,11 @@ fn no_contact(call: &Call<'_>, waited: Duration) -> quorate_core::Error {
 /// and may be repeated.
 pub(crate) async fn open(settings: &Settings, session: Duration, verb: &'static str) -> Result<Conn> {
     let call = Call::read(verb, &settings.servers);
-    let connector = settings.connector(session)?;
+    // Only at first: later, files that cannot be read are most likely being replaced.
+    let connector = settings.connector(session).map_err(|error| match verb {
+        "connect" => error,
+        _ => error.with_kind(ErrorKind::Unavailable),
+    })?;
     let opening = async {
         if settings.secure() {
             connector.secure_connect(&settings.servers).await
@@ -255,7 +259,7 @@ async fn replace(settings: Arc<Settings>, session: Duration, shared: watch::Send
         }
         let mut pause = BACKOFF.0;
         loop {
-            match open(&settings, session, "connect").await {
+            match open(&settings, session, "reconnect").await {
                 Ok(conn) => {
                     shared.send_replace(Shared::Up(Arc::new(conn)));
                     break;

@@ -3,19 +3,8 @@
 //! Promise: two keys never share a node, no key is taken for a ticket and no ticket for a key, and nothing of quorate's
 //! own lies where a key, a line or a directory could lie.
 //!
-//! | node | what |
-//! |---|---|
-//! | `<namespace>` | persistent |
-//! | `<namespace>/<dir>` | container: the server removes it when it has been empty for a while |
-//! | `<namespace>/<dir>/<name>` | a key; persistent, or ephemeral if it stands on a lease |
-//! | `<namespace>/<line>/_c_<uuid>-lock-<sequence>` | a ticket, see [`ticket`](crate::ticket) |
-//! | `<namespace>/.gen/<2 hex>` | a generation: its version rises with every creation of a key that hashes to it |
-//! | `<namespace>/.lease/<id>` | a lease that lives, see [`lease`](crate::lease) |
-//!
-//! A key is one child of its directory, whatever slashes its name has: `/` is stored as `%2F`. Nested nodes would be
-//! the obvious mapping, but ephemeral nodes cannot have children, so `a` on a lease would forbid `a/b`. A name
-//! that would read as a ticket has its first character percent-encoded. Both are injective because the core
-//! encodes every `%` of a name.
+//! The tree is drawn in the crate's own documentation. Both encodings of names are injective because the core encodes
+//! every `%` of a name.
 
 use std::borrow::Cow;
 

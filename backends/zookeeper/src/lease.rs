@@ -22,8 +22,8 @@ use crate::{
     Inner, connect,
     connect::Conn,
     error::{Call, NAME},
+    join::make_nodes,
     layout::Layout,
-    line::make_nodes,
 };
 
 /// A lease that is open here.

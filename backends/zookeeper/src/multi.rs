@@ -22,13 +22,30 @@ pub(crate) struct Refused {
 pub(crate) struct Done(Vec<zk::MultiWriteResult>);
 
 impl Done {
-    /// The statistics after the last `set`: they carry the transaction's revision. (Those of a create are not reliable
-    /// on every server: ZOOKEEPER-4026, 4667.)
+    /// The statistics after the last `set`.
     pub(crate) fn last_set(&self) -> Option<zk::Stat> {
         self.0.iter().rev().find_map(|result| match result {
             zk::MultiWriteResult::SetData { stat } => Some(*stat),
             _ => None,
         })
+    }
+
+    /// The transaction's zxid, if any of its answers carries it. That of a plain create in a `multi` does not, on
+    /// servers with ZOOKEEPER-4026.
+    pub(crate) fn zxid(&self) -> Option<i64> {
+        self.0.iter().find_map(|result| match result {
+            zk::MultiWriteResult::SetData { stat } => Some(stat.mzxid),
+            zk::MultiWriteResult::Create { stat, .. } if stat.czxid > 0 => Some(stat.czxid),
+            _ => None,
+        })
+    }
+
+    /// The node that the create at `index` made.
+    pub(crate) fn path(&self, index: usize) -> Option<&str> {
+        match self.0.get(index) {
+            Some(zk::MultiWriteResult::Create { path, .. }) => Some(path),
+            _ => None,
+        }
     }
 
     /// The data version after the `set` at `index`.
@@ -72,8 +89,7 @@ impl<'a> Multi<'a> {
         self.added(outcome, path.len())
     }
 
-    pub(crate) fn create(&mut self, path: &str, data: &[u8], ephemeral: bool) -> usize {
-        let mode = if ephemeral { zk::CreateMode::Ephemeral } else { zk::CreateMode::Persistent };
+    pub(crate) fn create(&mut self, path: &str, data: &[u8], mode: zk::CreateMode) -> usize {
         let outcome = self.writer.add_create(path, data, &mode.with_acls(self.acls));
         self.added(outcome, path.len() + data.len())
     }

@@ -10,12 +10,12 @@ use quorate_core::{Check, Commit, Key, Result, Revision, Ticket, Write};
 use zookeeper_client as zk;
 
 use crate::{
+    join::make_nodes,
     layout::Layout,
-    line::make_nodes,
     multi::{Multi, Refused},
     revision,
     seen::Known,
-    txn::{ATTEMPTS, Outcome, Work, applied, not_applied},
+    txn::{ATTEMPTS, Outcome, Work, applied, key_mode, not_applied},
 };
 
 pub(crate) async fn run(work: &Work<'_>) -> Result<Commit> {
@@ -239,9 +239,9 @@ fn writes<'a>(
                     Some(_) => {
                         multi.delete(path, -1);
                         blames.push(Blame::Plan);
-                        multi.create(path, value, lease.is_some())
+                        multi.create(path, value, key_mode(lease.is_some()))
                     }
-                    None => multi.create(path, value, lease.is_some()),
+                    None => multi.create(path, value, key_mode(lease.is_some())),
                 };
                 puts.push((key, index, owner));
             }

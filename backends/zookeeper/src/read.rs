@@ -77,14 +77,14 @@ async fn many(conn: &Conn, layout: &Layout, range: &KeyRange) -> Result<Snapshot
         Err(error) => return Err(error),
     };
     let mut latest = revision(stat.pzxid);
-    let mut keys = matching(range, children);
+    let mut keys = matching(range, &children);
     for _ in 0..REPEATS {
         if keys.is_empty() {
             return Ok(Snapshot { entries: Vec::new(), revision: latest });
         }
         let (entries, now) = pieces(conn, layout, &dir, &keys).await?;
         latest = entries.iter().map(|entry| entry.modified).fold(latest, Revision::max);
-        let now = matching(range, now);
+        let now = matching(range, &now);
         if now == keys {
             return Ok(Snapshot { entries, revision: latest });
         }
@@ -97,7 +97,7 @@ async fn many(conn: &Conn, layout: &Layout, range: &KeyRange) -> Result<Snapshot
 }
 
 /// The keys of the range among these children, in order.
-fn matching(range: &KeyRange, children: Vec<String>) -> Vec<Key> {
+fn matching(range: &KeyRange, children: &[String]) -> Vec<Key> {
     let names = children.iter().filter_map(|node| layout::encoded(node)).filter(|name| range.matches(name));
     let mut keys: Vec<Key> = names.map(|name| Key::from_encoded(range.dir(), name)).collect();
     keys.sort_unstable();

@@ -21,8 +21,8 @@ use crate::{
     Inner,
     connect::Conn,
     error::Call,
+    join::make_nodes,
     layout::Layout,
-    line::make_nodes,
     multi::{Multi, Refused},
     plan, revision,
     seen::Known,
@@ -54,6 +54,10 @@ pub(crate) fn applied(revision: Revision) -> Commit {
 
 pub(crate) fn not_applied(culprit: usize) -> Commit {
     Commit { applied: false, revision: Revision(0), culprit: Some(culprit) }
+}
+
+pub(crate) fn key_mode(leased: bool) -> zk::CreateMode {
+    if leased { zk::CreateMode::Ephemeral } else { zk::CreateMode::Persistent }
 }
 
 pub(crate) async fn commit(inner: &Inner, txn: &Txn) -> Result<Commit> {
@@ -98,12 +102,10 @@ async fn unleased(inner: &Inner, txn: &Txn, call: &Call<'_>) -> Result<Arc<Conn>
         _ => None,
     });
     let own = left.chain(stood).find_map(|ticket| inner.tickets.get(ticket)?.conn());
-    if let Some(conn) = own
-        && conn.ready(call).await.is_ok()
-    {
-        return Ok(conn);
+    match own {
+        Some(conn) if conn.is_connected() => Ok(conn),
+        _ => inner.base.conn(call).await,
     }
-    inner.base.conn(call).await
 }
 
 /// Refuses what can never work; returns the lease that keys are put on.
@@ -296,7 +298,7 @@ impl Work<'_> {
             if let Some(ticket) = ticket {
                 multi.check(ticket, -1);
             }
-            let create = multi.create(path, value, leased);
+            let create = multi.create(path, value, key_mode(leased));
             multi.set(&generation, b"", -1);
             let refused = match multi.commit(&self.call).await? {
                 Ok(done) => {

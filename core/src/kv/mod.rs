@@ -61,6 +61,7 @@ pub struct Listing {
 }
 
 /// What became of a conditional write.
+#[must_use = "the write may not have been applied"]
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Swap {
     /// Applied, at this revision.
@@ -240,18 +241,24 @@ impl Kv {
         Ok(deleted)
     }
 
-    /// Creates or replaces a key if the hold still stands at the server; `None` if it does not. This is the
-    /// write that a paused or cut-off holder cannot do wrong.
+    /// Creates or replaces a key if the hold still stands at the server. This is the write that a paused or
+    /// cut-off holder cannot do wrong.
     ///
     /// # Errors
-    /// As for [`put`](Self::put).
+    /// As for [`put`](Self::put), and `SessionLost` if the hold has ended: nothing was written, and whoever wrote
+    /// is not the holder any more.
     ///
     /// # Cancel safety
     /// As for [`put`](Self::put).
-    pub async fn put_fenced(&self, fence: &Fence, key: &str, value: impl Into<Bytes>) -> Result<Option<Revision>> {
-        let write = Write::Put { key: self.key(key)?, value: value.into(), lease: None };
+    pub async fn put_fenced(&self, fence: &Fence, key: &str, value: impl Into<Bytes>) -> Result<Revision> {
+        let key = self.key(key)?;
+        let write = Write::Put { key: key.clone(), value: value.into(), lease: None };
         let commit = self.commit(Txn { checks: vec![fence.check()], writes: vec![write] }).await?;
-        Ok(commit.applied.then_some(commit.revision))
+        if commit.applied {
+            return Ok(commit.revision);
+        }
+        let message = format!("refused: the hold with token {} has ended", fence.token());
+        Err(Error::new(ErrorKind::SessionLost, "commit", message).key(&key).on(self.backend.profile().backend))
     }
 
     /// Begins a transaction.

@@ -34,6 +34,7 @@ pub struct KvTxn {
 }
 
 /// What became of a transaction.
+#[must_use = "the writes may not have been applied"]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TxnOutcome {
     /// Applied, at this revision.

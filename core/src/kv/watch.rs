@@ -31,26 +31,32 @@ pub enum KvEvent {
 #[derive(Debug)]
 pub struct KvWatch {
     watch: Watch,
+    end: Option<Error>,
 }
 
 impl KvWatch {
     pub(super) fn new(watch: Watch) -> Self {
-        Self { watch }
+        Self { watch, end: None }
     }
 
     /// The next event; the first is a `Reset`.
     ///
     /// # Errors
-    /// Once, when the watch has ended for good (for example `Denied`, or the client was closed).
+    /// When the watch has ended for good (for example `Denied`, or the client was closed), and the same again at
+    /// every later call: do not go on after it.
     ///
     /// # Cancel safety
     /// Nothing is lost.
     pub async fn next(&mut self) -> Result<KvEvent, Error> {
         loop {
             let Some(event) = self.watch.next().await else {
-                return Err(self.watch.end().unwrap_or_else(|| {
-                    Error::new(crate::ErrorKind::Unavailable, "watch", "the watch has ended: the client was closed")
-                }));
+                let watch = &self.watch;
+                let end = self.end.get_or_insert_with(|| {
+                    watch.end().unwrap_or_else(|| {
+                        Error::new(crate::ErrorKind::Unavailable, "watch", "it has ended: the client was closed")
+                    })
+                });
+                return Err(end.clone());
             };
             return Ok(match event {
                 WatchEvent::Reset(now) => KvEvent::Reset(now.entries.into_iter().filter_map(describe).collect()),

@@ -12,6 +12,7 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// What goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Fault {
     /// The request is never sent: `Unavailable`.
     Refuse,

@@ -31,6 +31,7 @@ use crate::{
 
 /// A verb of the waist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 #[allow(missing_docs, reason = "each is the method of the same name")]
 pub enum Verb {
     Grant,
@@ -79,6 +80,12 @@ impl Verb {
     /// Whether the verb may change the store.
     pub fn writes(self) -> bool {
         matches!(self, Self::Grant | Self::Renew | Self::Revoke | Self::Commit | Self::Enqueue)
+    }
+}
+
+impl fmt::Display for Verb {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
     }
 }
 
@@ -167,7 +174,10 @@ impl<W: Wrap> Backend for Layered<W> {
     }
 
     async fn enqueue(&self, entry: &Enqueue) -> Result<Option<Place>> {
-        self.wrap.call(self.op(Verb::Enqueue, &entry.line), || self.inner.enqueue(entry)).await
+        // The same place comes back, but a first attempt that is still on its way could land after the ticket of
+        // the second was taken out again. Whoever repeats it must know that it was unsure: the lock does.
+        let op = Op { repeatable: false, ..self.op(Verb::Enqueue, &entry.line) };
+        self.wrap.call(op, || self.inner.enqueue(entry)).await
     }
 
     async fn look(&self, ticket: &Ticket, depth: usize) -> Result<Option<Place>> {

@@ -70,7 +70,8 @@ impl Wrap for Retry {
             outcome = call().await;
         }
         match outcome {
-            Err(error) if unsure && error.kind() == ErrorKind::Unavailable && op.verb.writes() => {
+            // Whatever a later attempt says, it says of itself; only the end of the lease ends the doubt.
+            Err(error) if unsure && op.verb.writes() && error.kind() != ErrorKind::SessionLost => {
                 Err(error.with_kind(ErrorKind::Ambiguous))
             }
             outcome => outcome,

@@ -6,38 +6,51 @@
 use std::{
     future::Future,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
 
 use futures_util::future::BoxFuture;
+use tokio::time::sleep;
 
 use super::{Lock, LockGuard, passing, ticket_value};
 use crate::{
     backend::{Enqueue, Nonce, Place, TicketKind},
     error::{ErrorKind, Result},
+    key::Dir,
     session::{Debt, Session, SessionCore},
 };
 
-pub(super) async fn acquire(lock: &Lock) -> Result<LockGuard> {
+/// How often a request to join is made when its outcome stays unsure, and the first pause in between.
+const ATTEMPTS: u32 = 6;
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+
+/// Waits until the lock is held. `stood` turns true once there is a place in the line.
+pub(super) async fn acquire(lock: &Lock, stood: &AtomicBool) -> Result<LockGuard> {
+    let line = lock.line()?;
     let session = lock.session().await?;
     loop {
-        let Some(claim) = join(lock, &session, false).await? else {
+        let Some(claim) = join(line, &session, false).await? else {
             let message = "the backend refused a place in the line without being asked to";
-            return Err(crate::Error::new(ErrorKind::Backend, "acquire", message).key(lock.line()?));
+            return Err(crate::Error::new(ErrorKind::Backend, "acquire", message).key(line));
         };
+        stood.store(true, Ordering::Release);
         if let Some(claim) = wait_turn(session.core(), claim).await? {
             return claim.granted(session);
         }
         // Somebody removed our ticket while the session lives: we lost our place, not our wish.
-        tracing::warn!(line = %lock.line()?, "our ticket was removed by somebody else; joining the line again");
+        tracing::warn!(%line, "our ticket was removed by somebody else; joining the line again");
     }
 }
 
 pub(super) async fn try_acquire(lock: &Lock) -> Result<Option<LockGuard>> {
+    let line = lock.line()?;
     let session = lock.session().await?;
-    let Some(claim) = join(lock, &session, true).await? else { return Ok(None) };
+    let Some(claim) = join(line, &session, true).await? else { return Ok(None) };
     if claim.place().ahead.is_empty() {
         return claim.granted(session).map(Some);
     }
@@ -46,10 +59,15 @@ pub(super) async fn try_acquire(lock: &Lock) -> Result<Option<LockGuard>> {
 }
 
 /// Joins the line; `None` only with `when_free`.
-async fn join(lock: &Lock, session: &Session, when_free: bool) -> Result<Option<Claim>> {
+async fn join(line: &Dir, session: &Session, when_free: bool) -> Result<Option<Claim>> {
     let core = session.core();
+    if core.debts.too_many() {
+        let message = "too much clean-up is owed to the server already; the line was not joined";
+        let backend = core.backend.profile().backend;
+        return Err(crate::Error::new(ErrorKind::Unavailable, "acquire", message).key(line).on(backend));
+    }
     let entry = Arc::new(Enqueue {
-        line: lock.line()?.clone(),
+        line: line.clone(),
         kind: TicketKind::Lock,
         lease: core.lease.clone(),
         nonce: Nonce::random(),
@@ -57,19 +75,50 @@ async fn join(lock: &Lock, session: &Session, when_free: bool) -> Result<Option<
         depth: 1,
         when_free,
     });
-    let joining = Joining::new(core.clone(), entry.clone());
-    let outcome = tokio::select! {
-        biased;
-        outcome = joining => outcome,
-        () = core.over() => return Err(core.lost_error("acquire")),
-    };
-    match outcome {
-        Ok(place) => Ok(place.map(|place| Claim { core: core.clone(), place: Some(place) })),
-        Err(error) => {
-            if matches!(error.kind(), ErrorKind::Ambiguous | ErrorKind::Backend | ErrorKind::Corrupt) {
-                core.debts.owe(Debt::Unsure(entry));
+    let mut unsure = Unsure { core, entry: None };
+    let mut pause = FIRST_PAUSE;
+    for attempt in 1.. {
+        let outcome = tokio::select! {
+            biased;
+            outcome = Joining::new(core.clone(), entry.clone()) => outcome,
+            () = core.over() => return Err(core.lost_error("acquire")),
+        };
+        match outcome {
+            Ok(Some(place)) => {
+                let unsure = unsure.entry.take();
+                return Ok(Some(Claim { core: core.clone(), place: Some(place), unsure }));
             }
-            Err(error)
+            // An unsure attempt before this one may still land.
+            Ok(None) => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::Ambiguous && attempt < ATTEMPTS => {
+                unsure.entry = Some(entry.clone());
+                tracing::debug!(%error, "joining again");
+                sleep(pause.mul_f64(rand::random_range(0.5..1.5))).await;
+                pause *= 2;
+            }
+            Err(error) => {
+                if error.kind() == ErrorKind::Ambiguous {
+                    unsure.entry = Some(entry);
+                }
+                let doubt = unsure.entry.is_some() && error.kind() != ErrorKind::SessionLost;
+                return Err(if doubt { error.with_kind(ErrorKind::Ambiguous) } else { error });
+            }
+        }
+    }
+    unreachable!("the last attempt returns")
+}
+
+/// An attempt to join that may have been applied. Dropped with an entry, the session finds out and cleans up.
+struct Unsure<'a> {
+    core: &'a SessionCore,
+    entry: Option<Arc<Enqueue>>,
+}
+
+impl Drop for Unsure<'_> {
+    fn drop(&mut self) {
+        if let Some(entry) = self.entry.take() {
+            self.core.debts.owe(Debt::Unsure(entry.clone()));
+            self.core.debts.owe(Debt::Later(entry));
         }
     }
 }
@@ -176,6 +225,8 @@ struct Claim {
     core: Arc<SessionCore>,
     /// `None` once the ticket belongs to a guard or is known to be gone.
     place: Option<Place>,
+    /// The request, if an attempt at it was unsure and could land late.
+    unsure: Option<Arc<Enqueue>>,
 }
 
 impl Claim {
@@ -187,7 +238,7 @@ impl Claim {
         // The answer that made us first may have been long on its way.
         self.core.check("acquire")?;
         let place = self.place.take().expect("taken only by methods that consume the claim");
-        Ok(LockGuard::new(session, place))
+        Ok(LockGuard::new(session, place, self.unsure.take()))
     }
 
     async fn give_up(mut self) -> Result<()> {
@@ -208,6 +259,9 @@ impl Drop for Claim {
     fn drop(&mut self) {
         if let Some(place) = self.place.take() {
             self.core.debts.owe(Debt::Leave(place.ticket));
+        }
+        if let Some(entry) = self.unsure.take() {
+            self.core.debts.owe(Debt::Later(entry));
         }
     }
 }

@@ -1,7 +1,9 @@
 //! The guard: proof of a hold, for as long as it says so.
 //!
-//! Promise: when [`LockGuard::is_held`] answers `true`, nobody else has been granted the lock yet. Once
-//! `false`, it stays `false`.
+//! Promise: when [`LockGuard::is_held`] answers `true`, the lease of this hold has not ended, so nobody else has been
+//! granted the lock by the end of it. Once `false`, it stays `false`. Only somebody who removes the ticket by hand
+//! ([`Lock::break_holder`](super::Lock::break_holder), or another client's delete) lets the next one in earlier; the guard then
+//! learns of it as fast as the server can tell, and at its deadline at the latest.
 
 use std::{
     fmt,
@@ -16,7 +18,7 @@ use tokio::time::Instant;
 
 use super::FencingToken;
 use crate::{
-    backend::{Check, Place, Revision, Ticket, TicketKind, Txn, Write},
+    backend::{Check, Enqueue, Place, Revision, Ticket, TicketKind, Txn, Write},
     error::{Error, ErrorKind, Result},
     key::Dir,
     session::{Debt, Hold, Session, SessionCore},
@@ -30,8 +32,8 @@ pub struct LockGuard {
 }
 
 impl LockGuard {
-    pub(super) fn new(session: Session, place: Place) -> Self {
-        let hold = session.core().hold(place);
+    pub(super) fn new(session: Session, place: Place, unsure: Option<Arc<Enqueue>>) -> Self {
+        let hold = session.core().hold(place, unsure);
         Self { session, hold }
     }
 
@@ -79,8 +81,10 @@ impl LockGuard {
 
     /// Runs `work` for as long as the lock is held; when it is lost, `work` is dropped at its current await.
     ///
+    /// A loss that falls into the last poll of `work` is not seen: look at the guard afterwards if that matters.
+    ///
     /// # Errors
-    /// `SessionLost` if the lock was lost before `work` had finished.
+    /// `SessionLost` if the lock was lost while `work` was waiting.
     ///
     /// # Cancel safety
     /// Dropping it drops `work`; the lock stays held.
@@ -102,7 +106,8 @@ impl LockGuard {
         Fence::new(self.hold.ticket.clone(), self.hold.token)
     }
 
-    /// Gives the lock back: one round trip.
+    /// Gives the lock back: one round trip. After a lost reply it is sent again, and `Ok` then says that the lock is
+    /// not held now; whether it had been taken away before is not known.
     ///
     /// # Errors
     /// `SessionLost` if the lock had been lost before: what was done under it may not have been exclusive.
@@ -118,6 +123,9 @@ impl LockGuard {
             return Err(self.removed("release"));
         }
         core.unhold(&self.hold);
+        if let Some(entry) = self.hold.unsure.clone() {
+            core.debts.owe(Debt::Later(entry));
+        }
         let ticket = self.hold.ticket.clone();
         let owed = Owed { core: &core, ticket: Some(ticket.clone()) };
         let outcome = match core.backend.commit(&self.fence().leave()).await {
@@ -149,8 +157,11 @@ impl Drop for LockGuard {
         let core = self.session.core();
         if self.hold.release() {
             core.debts.owe(Debt::Leave(self.hold.ticket.clone()));
+            if let Some(entry) = self.hold.unsure.clone() {
+                core.debts.owe(Debt::Later(entry));
+            }
+            core.unhold(&self.hold);
         }
-        core.unhold(&self.hold);
     }
 }
 
@@ -215,17 +226,32 @@ impl Fence {
     }
 }
 
+/// The wire form; `kind` is there so that fences of other recipes can be told apart.
 #[derive(Serialize, Deserialize)]
 struct FenceText {
+    kind: FenceKind,
     line: String,
     ticket: String,
     token: u64,
 }
 
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum FenceKind {
+    Lock,
+    Read,
+    Write,
+}
+
 impl Serialize for Fence {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let (line, ticket) = (self.ticket.line.as_str().to_owned(), self.ticket.name.to_string());
-        FenceText { line, ticket, token: self.token.0 }.serialize(serializer)
+        let kind = match self.ticket.kind {
+            TicketKind::Lock => FenceKind::Lock,
+            TicketKind::Read => FenceKind::Read,
+            TicketKind::Write => FenceKind::Write,
+        };
+        FenceText { kind, line, ticket, token: self.token.0 }.serialize(serializer)
     }
 }
 
@@ -233,7 +259,12 @@ impl<'de> Deserialize<'de> for Fence {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = FenceText::deserialize(deserializer)?;
         let line = Dir::from_encoded(&text.line).map_err(serde::de::Error::custom)?;
-        let ticket = Ticket { line, name: text.ticket.into(), kind: TicketKind::Lock };
+        let kind = match text.kind {
+            FenceKind::Lock => TicketKind::Lock,
+            FenceKind::Read => TicketKind::Read,
+            FenceKind::Write => TicketKind::Write,
+        };
+        let ticket = Ticket { line, name: text.ticket.into(), kind };
         Ok(Self { ticket, token: Revision(text.token) })
     }
 }

@@ -1,8 +1,8 @@
 //! Locks: fair, fenced, with a guard that knows when it is no longer valid.
 //!
 //! Promise: at most one guard of a name is valid at a time, given clocks whose rates differ by no more than
-//! [`DRIFT`](crate::session::DRIFT); grants follow arrival; every grant carries a greater token than the one
-//! before. No lease lock can do more: code that runs after the last look at the guard is fenced only
+//! [`DRIFT`](crate::session::DRIFT) and nobody who removes tickets by hand; grants follow arrival; every grant carries
+//! a greater token than the one before. No lease lock can do more: code that runs after the last look at the guard is fenced only
 //! if the resource, or a transaction, checks the token.
 //!
 //! A lock is a line; the first ticket of the line holds it, and each waiter waits for the ticket before its
@@ -17,7 +17,10 @@ mod acquire;
 mod guard;
 mod multi;
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -73,13 +76,10 @@ impl std::fmt::Display for FencingToken {
 #[derive(Debug, Clone)]
 pub struct Lock {
     coord: Coordinator,
-    line: Result<Dir, BadName>,
+    /// A bad name is told at the first use, so that making a lock needs no `?`.
+    line: Result<Dir>,
     session: Option<Session>,
 }
-
-/// Why a name cannot be used; told at the first use, so that making a lock needs no `?`.
-#[derive(Debug, Clone)]
-struct BadName(String);
 
 /// Who holds a lock.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -123,7 +123,7 @@ struct TicketValue<'a> {
 
 impl Lock {
     pub(crate) fn new(coord: Coordinator, line: Result<Dir>) -> Self {
-        Self { coord, line: line.map_err(|e| BadName(e.to_string())), session: None }
+        Self { coord, line, session: None }
     }
 
     /// The same lock, taken on this session instead of the coordinator's own.
@@ -143,14 +143,15 @@ impl Lock {
     /// # Cancel safety
     /// May be dropped at any point: the place in the line is given up in the background.
     pub async fn acquire(&self) -> Result<LockGuard> {
-        acquire::acquire(self).await
+        acquire::acquire(self, &AtomicBool::new(false)).await
     }
 
     /// Waits in line for at most `limit`; `None` if it was not granted by then. Zero is one attempt without
     /// waiting.
     ///
     /// # Errors
-    /// As for [`acquire`](Self::acquire).
+    /// As for [`acquire`](Self::acquire), and `Unavailable` if not even a place in the line was obtained by then: that
+    /// is an outage, not a lock in use.
     ///
     /// # Cancel safety
     /// As for [`acquire`](Self::acquire).
@@ -158,10 +159,16 @@ impl Lock {
         if limit.is_zero() {
             return self.try_acquire().await;
         }
+        let stood = AtomicBool::new(false);
         // Dropping the attempt is safe at any point, so the limit needs no help from it.
-        match tokio::time::timeout(limit, acquire::acquire(self)).await {
+        match tokio::time::timeout(limit, acquire::acquire(self, &stood)).await {
             Ok(guard) => guard.map(Some),
-            Err(_) => Ok(None),
+            Err(_) if stood.load(Ordering::Acquire) => Ok(None),
+            Err(_) => {
+                let message = format!("no place in the line was obtained within {limit:?}");
+                let backend = self.coord.profile().backend;
+                Err(crate::Error::new(ErrorKind::Unavailable, "acquire", message).key(self.line()?).on(backend))
+            }
         }
     }
 
@@ -191,8 +198,9 @@ impl Lock {
 
     /// Takes the lock away from its holder, for an operator: the next in line gets it at once.
     ///
-    /// The old holder is not stopped. It learns of the loss by its guard within about a second, its fenced
-    /// writes are refused from now on, and its release harms nobody. Returns who was put out, or `None` if nobody
+    /// The old holder is not stopped. Its guard learns of the loss within about a second, or at its deadline if it is
+    /// cut off; until then it says `held` although the next one has the lock. Its fenced writes are refused from now
+    /// on, and its release harms nobody. Returns who was put out, or `None` if nobody
     /// held the lock or the holder left by itself in the meantime.
     ///
     /// # Errors
@@ -234,7 +242,7 @@ impl Lock {
     }
 
     fn line(&self) -> Result<&Dir> {
-        self.line.as_ref().map_err(|bad| crate::Error::invalid("lock", bad.0.clone()))
+        self.line.as_ref().map_err(Clone::clone)
     }
 
     async fn session(&self) -> Result<Session> {

@@ -21,6 +21,14 @@ impl MultiLock {
         Self { locks }
     }
 
+    /// Before anything is taken: all names are good, and there is at least one.
+    fn check_names(&self) -> Result<()> {
+        if self.locks.is_empty() {
+            return Err(crate::Error::invalid("acquire", "no name is given; nothing would be locked"));
+        }
+        self.locks.iter().try_for_each(|lock| lock.path().map(drop))
+    }
+
     /// Waits until all are held.
     ///
     /// # Errors
@@ -29,6 +37,7 @@ impl MultiLock {
     /// # Cancel safety
     /// As for [`Lock::acquire`]; those taken already are given back in the background.
     pub async fn acquire(&self) -> Result<MultiGuard> {
+        self.check_names()?;
         let mut taken = MultiGuard { guards: Vec::with_capacity(self.locks.len()) };
         for lock in &self.locks {
             match lock.acquire().await {
@@ -39,7 +48,7 @@ impl MultiLock {
         Ok(taken)
     }
 
-    /// Waits for at most `limit` in all; `None` if not all were granted by then.
+    /// Waits for at most `limit` in all; `None` if not all were granted by then, for whatever reason.
     ///
     /// # Errors
     /// As for [`acquire`](Self::acquire).
@@ -64,6 +73,7 @@ impl MultiLock {
     /// # Cancel safety
     /// As for [`acquire`](Self::acquire).
     pub async fn try_acquire(&self) -> Result<Option<MultiGuard>> {
+        self.check_names()?;
         let mut taken = MultiGuard { guards: Vec::with_capacity(self.locks.len()) };
         for lock in &self.locks {
             match lock.try_acquire().await {
@@ -90,6 +100,14 @@ impl MultiGuard {
     /// Whether all are still held. No I/O.
     pub fn is_held(&self) -> bool {
         self.guards.iter().all(LockGuard::is_held)
+    }
+
+    /// `Ok` if all are still held.
+    ///
+    /// # Errors
+    /// `SessionLost` otherwise, naming the first that is not.
+    pub fn check(&self) -> Result<()> {
+        self.guards.iter().try_for_each(LockGuard::check)
     }
 
     /// The tokens, in the order of the locks' names.

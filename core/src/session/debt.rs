@@ -5,8 +5,12 @@
 //! confirmed it or the session is over; the end of the lease pays the rest.
 
 use std::{
+    collections::VecDeque,
     fmt,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -19,17 +23,21 @@ use crate::{
     error::{ErrorKind, Result},
 };
 
-/// How many debts are paid at once; the rest wait in the queue.
+/// How many removals are paid at once; the rest wait in the queue, in order.
 const AT_ONCE: usize = 64;
-/// When a ticket whose creation was unsure is deleted once more: a create that was delayed on its way could
-/// land after the first delete.
+/// When a place whose creation was unsure is looked for and left once more: a request that was delayed on its
+/// way could land after the first removal.
 const AFTERSHOCKS: [Duration; 2] = [Duration::from_secs(2), Duration::from_secs(10)];
+/// How much may be owed before nothing more is begun.
+const MOST_OWED: usize = 4096;
 
 pub(crate) enum Debt {
     /// A request to join that nobody waits for any more, still under way.
     Joining { request: BoxFuture<'static, Result<Option<Place>>>, entry: Arc<Enqueue> },
     /// A request to join whose outcome is not known.
     Unsure(Arc<Enqueue>),
+    /// A request that was repeated and is settled, but whose first attempt could still land.
+    Later(Arc<Enqueue>),
     /// A ticket that is no longer wanted.
     Leave(Ticket),
 }
@@ -39,6 +47,7 @@ impl fmt::Debug for Debt {
         match self {
             Self::Joining { entry, .. } => write!(f, "Joining({})", entry.line),
             Self::Unsure(entry) => write!(f, "Unsure({})", entry.line),
+            Self::Later(entry) => write!(f, "Later({})", entry.line),
             Self::Leave(ticket) => write!(f, "Leave({ticket})"),
         }
     }
@@ -46,18 +55,26 @@ impl fmt::Debug for Debt {
 
 /// Debts that wait to be paid.
 ///
-/// Bounded by the number of acquisitions under way: each leaves at most one.
+/// Each attempt to join leaves at most two, and none is begun while more than [`MOST_OWED`] are open.
 #[derive(Debug, Default)]
 pub(crate) struct Debts {
     queue: Mutex<Vec<Debt>>,
     added: Notify,
+    /// Owed and not yet paid, under way or queued.
+    open: AtomicUsize,
 }
 
 impl Debts {
     /// Never blocks, so that `Drop` can call it, also outside of a runtime.
     pub(crate) fn owe(&self, debt: Debt) {
+        self.open.fetch_add(1, Ordering::Relaxed);
         self.queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(debt);
         self.added.notify_one();
+    }
+
+    /// Whether so much is owed that nothing more should be begun.
+    pub(crate) fn too_many(&self) -> bool {
+        self.open.load(Ordering::Relaxed) > MOST_OWED
     }
 
     fn take(&self) -> Vec<Debt> {
@@ -65,33 +82,95 @@ impl Debts {
     }
 }
 
+/// What the task that pays has in hand.
+#[derive(Default)]
+struct Work {
+    /// Removals that wait for their turn.
+    queue: VecDeque<Debt>,
+    /// Removals under way, at most [`AT_ONCE`].
+    removals: FuturesUnordered<BoxFuture<'static, ()>>,
+    /// Requests that are out already, and pauses before an aftershock. They are all polled: an unpolled
+    /// request could hold what the others wait for, such as a permit of the limit layer.
+    waits: FuturesUnordered<BoxFuture<'static, Option<Debt>>>,
+    sentries: FuturesUnordered<BoxFuture<'static, ()>>,
+}
+
+impl Work {
+    fn accept(&mut self, core: &SessionCore, debt: Debt) {
+        match debt {
+            Debt::Joining { request, entry } => {
+                self.waits.push(Box::pin(async move {
+                    match request.await {
+                        Ok(Some(place)) => Some(Debt::Leave(place.ticket)),
+                        Err(error) if error.kind() == ErrorKind::Ambiguous => Some(Debt::Unsure(entry)),
+                        // Surely nothing is there.
+                        Ok(None) | Err(_) => None,
+                    }
+                }));
+            }
+            Debt::Later(entry) => {
+                for pause in AFTERSHOCKS {
+                    let entry = entry.clone();
+                    core.debts.open.fetch_add(1, Ordering::Relaxed);
+                    self.waits.push(Box::pin(async move {
+                        sleep(pause).await;
+                        Some(Debt::Unsure(entry))
+                    }));
+                }
+                core.debts.open.fetch_sub(1, Ordering::Relaxed);
+            }
+            debt @ (Debt::Unsure(_) | Debt::Leave(_)) => self.queue.push_back(debt),
+        }
+    }
+
+    fn begin(&mut self, core: &Arc<SessionCore>) {
+        while self.removals.len() < AT_ONCE
+            && let Some(debt) = self.queue.pop_front()
+        {
+            let core = core.clone();
+            self.removals.push(Box::pin(async move {
+                match debt {
+                    Debt::Leave(ticket) => leave(&core, &ticket).await,
+                    Debt::Unsure(entry) => find_and_leave(&core, &entry).await,
+                    Debt::Joining { .. } | Debt::Later(_) => {}
+                }
+            }));
+        }
+    }
+}
+
 /// Pays the session's debts and watches its long-held tickets, until the session is over.
 pub(super) async fn serve(core: Arc<SessionCore>) {
     let mut over = std::pin::pin!(core.over());
-    let mut work: FuturesUnordered<BoxFuture<'static, ()>> = FuturesUnordered::new();
-    let mut sentries: FuturesUnordered<BoxFuture<'static, ()>> = FuturesUnordered::new();
+    let mut work = Work::default();
     let mut rounds = tokio::time::interval(hold::WATCH_AFTER);
     rounds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut waiting = Vec::new();
     loop {
         let mut look_round = false;
-        while work.len() < AT_ONCE
-            && let Some(debt) = waiting.pop()
-        {
-            let core = core.clone();
-            work.push(Box::pin(async move { pay(&core, debt).await }));
-        }
+        work.begin(&core);
         tokio::select! {
             () = &mut over => break,
-            () = core.debts.added.notified() => waiting.append(&mut core.debts.take()),
-            Some(()) = work.next() => {}
-            Some(()) = sentries.next() => {}
+            () = core.debts.added.notified() => {
+                for debt in core.debts.take() {
+                    work.accept(&core, debt);
+                }
+            }
+            Some(()) = work.removals.next() => {
+                core.debts.open.fetch_sub(1, Ordering::Relaxed);
+            }
+            Some(then) = work.waits.next() => match then {
+                Some(debt) => work.accept(&core, debt),
+                None => {
+                    core.debts.open.fetch_sub(1, Ordering::Relaxed);
+                }
+            },
+            Some(()) = work.sentries.next() => {}
             () = core.holds.urgent.notified() => look_round = true,
             _ = rounds.tick() => look_round = true,
         }
         if look_round {
             for hold in core.holds.due() {
-                sentries.push(Box::pin(hold::guard(core.clone(), hold)));
+                work.sentries.push(Box::pin(hold::guard(core.clone(), hold)));
             }
         }
     }
@@ -99,39 +178,28 @@ pub(super) async fn serve(core: Arc<SessionCore>) {
     // refused after it. Either way the lease takes it along.
 }
 
-async fn pay(core: &SessionCore, debt: Debt) {
-    match debt {
-        Debt::Leave(ticket) => leave(core, &ticket).await,
-        Debt::Unsure(entry) => find_and_leave(core, &entry).await,
-        Debt::Joining { request, entry } => match request.await {
-            Ok(Some(place)) => leave(core, &place.ticket).await,
-            Ok(None) => {}
-            Err(error) => match error.kind() {
-                ErrorKind::Ambiguous | ErrorKind::Backend | ErrorKind::Corrupt => find_and_leave(core, &entry).await,
-                // Surely not applied.
-                _ => {}
-            },
-        },
-    }
-}
-
-/// Asks for the same place again, which tells the ticket's name, and then leaves it.
+/// Asks for the same place again, which tells the ticket's name or makes a new one, and leaves it.
 async fn find_and_leave(core: &SessionCore, entry: &Enqueue) {
     let mut wait = Backoff::default();
+    let mut again = false;
+    // Never refused for being busy: the answer must name the ticket.
+    let entry = Enqueue { when_free: false, ..entry.clone() };
     let ticket = loop {
-        match core.backend.enqueue(entry).await {
+        match core.backend.enqueue(&entry).await {
             Ok(Some(place)) => break place.ticket,
             Ok(None) => return,
             Err(error) => match error.kind() {
                 ErrorKind::SessionLost | ErrorKind::InvalidInput | ErrorKind::Unsupported => return,
-                _ => wait.after(core, &error).await,
+                kind => {
+                    again |= kind == ErrorKind::Ambiguous;
+                    wait.after(core, &error).await;
+                }
             },
         }
     };
     leave(core, &ticket).await;
-    for pause in AFTERSHOCKS {
-        sleep(pause).await;
-        leave(core, &ticket).await;
+    if again {
+        core.debts.owe(Debt::Later(Arc::new(entry)));
     }
 }
 

@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use super::SessionCore;
-use crate::backend::{Place, Revision, Ticket};
+use crate::backend::{Enqueue, Place, Revision, Ticket};
 
 /// How long a ticket is held before it is watched unasked.
 pub(super) const WATCH_AFTER: Duration = Duration::from_millis(250);
@@ -33,6 +33,8 @@ const RELEASED: u8 = 2;
 pub(crate) struct Hold {
     pub(crate) ticket: Ticket,
     pub(crate) token: Revision,
+    /// The request that made the ticket, if an attempt at it was unsure and could land late.
+    pub(crate) unsure: Option<Arc<Enqueue>>,
     since: Instant,
     state: AtomicU8,
     watched: AtomicBool,
@@ -106,10 +108,11 @@ impl Holds {
 
 impl SessionCore {
     /// Registers a ticket as held.
-    pub(crate) fn hold(&self, place: Place) -> Arc<Hold> {
+    pub(crate) fn hold(&self, place: Place, unsure: Option<Arc<Enqueue>>) -> Arc<Hold> {
         let hold = Arc::new(Hold {
             ticket: place.ticket,
             token: place.token,
+            unsure,
             since: Instant::now(),
             state: AtomicU8::new(HELD),
             watched: AtomicBool::new(false),
@@ -144,6 +147,7 @@ pub(super) async fn guard(core: Arc<SessionCore>, hold: Arc<Hold>) {
         match core.backend.look(&hold.ticket, 0).await {
             Ok(None) => {
                 if hold.finish(LOST) {
+                    core.unhold(&hold);
                     tracing::warn!(ticket = %hold.ticket, "a held ticket was removed by somebody else");
                 }
                 return;

@@ -58,6 +58,7 @@ impl Default for SessionOptions {
 
 /// Where a session stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum SessionState {
     /// The last renewal was confirmed.
     Live,
@@ -167,12 +168,14 @@ impl Session {
     pub async fn close(&self) -> Result<()> {
         let core = &self.handle.core;
         core.end(SessionState::Closed);
+        if core.orphaned.load(Ordering::Acquire) {
+            return Ok(());
+        }
         core.backend.revoke(&core.lease).await
     }
 
-    /// Stops renewing and leaves everything to the server, which ends the lease after its TTL.
-    ///
-    /// For a process that hands its lease to another one. Here the session counts as closed at once.
+    /// Stops renewing and leaves everything to the server, which ends the lease after its TTL, as a crash would.
+    /// Here the session counts as closed at once; closing it afterwards sends nothing.
     pub fn orphan(&self) {
         self.handle.core.orphaned.store(true, Ordering::Release);
         self.handle.core.end(SessionState::Closed);
@@ -244,7 +247,7 @@ pub(crate) struct SessionCore {
     /// Nanoseconds.
     ttl: AtomicU64,
     origin: Instant,
-    /// Nanoseconds after `origin`. Only ever moved forward, and only while it has not passed.
+    /// Nanoseconds after `origin`. Only moved while it has not passed.
     deadline: AtomicU64,
     /// Set once, never taken back: a session that was seen dead stays dead.
     over: AtomicBool,
@@ -317,7 +320,8 @@ impl SessionCore {
             return false;
         }
         self.ttl.store(nanos(ttl), Ordering::Release);
-        self.deadline.fetch_max(nanos(sent + trusted(ttl) - self.origin), Ordering::AcqRel);
+        // Stored as it is: the server may have shortened the TTL. Only the keeper confirms, one renewal at a time.
+        self.deadline.store(nanos(sent + trusted(ttl) - self.origin), Ordering::Release);
         self.set_state(SessionState::Live);
         true
     }
@@ -343,10 +347,17 @@ impl SessionCore {
     }
 
     /// Returns when the session is over. Costs nothing before its first poll.
+    ///
+    /// It asks the clock itself: the keeper may have gone with the runtime that it ran on.
     pub(crate) async fn over(&self) {
         let mut states = self.state.subscribe();
-        // It fails only when the sender is gone, and `self` holds that.
-        let _ = states.wait_for(|s| matches!(s, SessionState::Lost | SessionState::Closed)).await;
+        while self.is_live() {
+            tokio::select! {
+                // It fails only when the sender is gone, and `self` holds that.
+                _ = states.wait_for(|s| matches!(s, SessionState::Lost | SessionState::Closed)) => return,
+                () = tokio::time::sleep_until(self.deadline()) => {}
+            }
+        }
     }
 }
 

@@ -23,6 +23,7 @@ cases!("txn":
     deleting_what_is_not_there_applies,
     checks_alone_change_nothing,
     all_puts_of_a_commit_carry_its_revision,
+    one_commit_puts_keys_on_two_leases,
     keys_and_tickets_change_together,
     readers_never_see_half_a_commit,
     a_commit_dropped_half_way_is_applied_whole_or_not_at_all,
@@ -222,17 +223,30 @@ async fn all_puts_of_a_commit_carry_its_revision(clients: Arc<dyn Clients>) -> O
     if let Some(refused) = txn_too_large(&a.backend, 3).await {
         return refused;
     }
-    let other = keep(&a.backend).await;
     let before = write(&a.backend, [put(&key("b"), "0")]).await;
-    let revision = write(
-        &a.backend,
-        [put(&key("c"), "1"), put_on(&a.lease.id, &key("a"), "1"), put_on(&other.id, &key("b"), "1")],
-    )
-    .await;
+    let puts = [put(&key("c"), "1"), put_on(&a.lease.id, &key("a"), "1"), put_on(&a.lease.id, &key("b"), "1")];
+    let revision = write(&a.backend, puts).await;
     assert!(before < revision);
     let entries = read(&a.backend, &all()).await.entries;
     assert_eq!(entries.len(), 3);
     assert!(entries.iter().all(|e| e.modified == revision), "{revision}: {entries:?}");
+    Outcome::Passed
+}
+
+async fn one_commit_puts_keys_on_two_leases(clients: Arc<dyn Clients>) -> Outcome {
+    let a = actor(&clients).await;
+    let other = keep(&a.backend).await;
+    let both = txn([], [put_on(&a.lease.id, &key("a"), "1"), put_on(&other.id, &key("b"), "1")]);
+    let most = a.backend.profile().txn_leases;
+    if most < 2 {
+        refused(a.backend.commit(&both).await, ErrorKind::Unsupported, "keys on two leases");
+        assert!(read(&a.backend, &all()).await.entries.is_empty(), "nothing of a refused commit is applied");
+        return Outcome::Refused(format!("txn_leases is {most}, the case needs 2"));
+    }
+    assert!(a.backend.commit(&both).await.expect("answered").applied);
+    a.backend.revoke(&other.id).await.expect("revoked");
+    let left: Vec<_> = read(&a.backend, &all()).await.entries.into_iter().map(|e| e.key).collect();
+    assert_eq!(left, [key("a")]);
     Outcome::Passed
 }
 

@@ -61,8 +61,11 @@ async fn obey(coord: &Coordinator, guard: &mut Option<LockGuard>, words: &[&str]
         }
         (["held"], Some(held)) => format!("held {}", held.is_held()),
         (["fenced", key, value], Some(held)) => {
-            let written = coord.kv().put_fenced(&held.fence(), key, (*value).to_owned()).await?;
-            written.map_or("refused", |_| "written").to_owned()
+            match coord.kv().put_fenced(&held.fence(), key, (*value).to_owned()).await {
+                Ok(_) => "written".to_owned(),
+                Err(error) if error.kind() == quorate::ErrorKind::SessionLost => "refused".to_owned(),
+                Err(error) => return Err(error),
+            }
         }
         (["plain", key, value], _) => {
             coord.kv().put(key, (*value).to_owned()).await?;

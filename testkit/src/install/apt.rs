@@ -55,11 +55,29 @@ pub fn install(wanted: &[Missing]) -> Result<(), Error> {
 }
 
 fn by_hand(wanted: &[Missing]) -> Error {
-    let lines: Vec<String> = wanted.iter().map(|item| format!("\n  {}: {}", item.what, item.how())).collect();
-    Error::Unsupported {
-        server: "install".to_owned(),
-        reason: format!("packages are installed only by root on Debian; install these by hand:{}", lines.concat()),
+    let mut reason = "packages are installed only by root on Debian; install these by hand:".to_owned();
+    for item in wanted {
+        reason.push_str(&format!("\n  {}: {}", item.what, item.how()));
     }
+    if wanted.contains(&CONSUL) {
+        let any = Archive { uri: "(the one of your own Debian source)".to_owned(), signed_by: None };
+        reason.push_str(&format!(
+            "\nconsul on a newer Debian: {} with\n{}and {} with\n{}then apt-get update && apt-get install consul",
+            source_path(),
+            any.stanza(CONSUL_SUITE),
+            pin_path(),
+            pin_to_consul(CONSUL_SUITE),
+        ));
+    }
+    Error::Unsupported { server: "install".to_owned(), reason }
+}
+
+fn source_path() -> String {
+    format!("/etc/apt/sources.list.d/quorate-{CONSUL_SUITE}.sources")
+}
+
+fn pin_path() -> String {
+    format!("/etc/apt/preferences.d/quorate-{CONSUL_SUITE}")
 }
 
 /// While it lives, package scripts start no service. Gone with it, unless the machine had such a rule.
@@ -124,10 +142,9 @@ fn add_consul_source() -> Result<(), Error> {
                 "no apt source of Debian {codename} is configured from which the one of {CONSUL_SUITE} could be derived; add one by hand"
             ),
         })?;
-    let list = format!("/etc/apt/sources.list.d/quorate-{CONSUL_SUITE}.sources");
-    write(Path::new(&list), &source.stanza(CONSUL_SUITE))?;
-    let pin = format!("/etc/apt/preferences.d/quorate-{CONSUL_SUITE}");
-    write(Path::new(&pin), &pin_to_consul(CONSUL_SUITE))
+    // The pin first: without it, the older release would be a source of everything.
+    write(Path::new(&pin_path()), &pin_to_consul(CONSUL_SUITE))?;
+    write(Path::new(&source_path()), &source.stanza(CONSUL_SUITE))
 }
 
 fn configured_sources() -> Result<Vec<String>, Error> {
@@ -232,6 +249,14 @@ mod tests {
             "Types: deb\nURIs: http://mirror.invalid/debian\nSuites: bullseye\nComponents: main\n\
              Signed-By: /usr/share/keyrings/d.gpg\n"
         );
+    }
+
+    #[test]
+    fn refusal_names_every_package_and_how_to_get_consul() {
+        let text = by_hand(&[super::super::ETCD, CONSUL]).to_string();
+        for part in ["etcd-server", "Suites: bullseye", "Pin-Priority: -1", "Package: consul"] {
+            assert!(text.contains(part), "{part} is not in {text}");
+        }
     }
 
     #[test]

@@ -22,6 +22,7 @@
 //!
 //! Linux only: the supervisor is a POSIX shell.
 
+mod cluster;
 mod consul;
 mod error;
 mod etcd;
@@ -33,11 +34,12 @@ mod secret;
 mod server;
 mod zookeeper;
 
+pub use cluster::Cluster;
 pub use consul::{Consul, ConsulOptions};
 pub use error::Error;
 pub use etcd::{Etcd, EtcdOptions};
 pub(crate) use port::{Port, loopback};
 pub use redis::{Persistence, Redis, RedisCluster, RedisOptions, RedisSentinel};
 pub use secret::{Credentials, Secret};
-pub use server::{Cluster, Kind, Server};
+pub use server::{Kind, Server};
 pub use zookeeper::{ZooKeeper, ZooKeeperOptions};

@@ -2,5 +2,6 @@
 
 mod clusters;
 mod common;
+mod install;
 mod proxy;
 mod servers;

@@ -1,62 +1,95 @@
--- ARGV: '1' if a key is put, number of checks, the checks, the writes.
+-- ARGV: 'k' if a key is written, 'p' if one is put, else ''; number of checks; the checks; the writes.
 -- Checks: 'a' key · 'u' key modified · 's' ticket token. Writes: 'p' key value lease · 'd' key · 'l' ticket.
 -- Answers 1 and the revision if applied, 0 and the revision and the culprit's place if not, -1 and the lease
 -- if a lease has ended.
-local function main()
-  local at = 2
-  for check = 1, tonumber(ARGV[2]) do
-    local kind, field = ARGV[at + 1], ARGV[at + 2]
-    local holds
-    if kind == 'a' then
-      holds = call('HEXISTS', H, 'K:' .. field) == 0
-      at = at + 2
-    elseif kind == 'u' then
-      local meta = call('HGET', H, 'K:' .. field)
-      holds = meta and string.sub(meta, 18, 33) == ARGV[at + 3]
-      at = at + 3
-    else
-      holds = call('HGET', H, 'T:' .. field) == ARGV[at + 3]
-      at = at + 3
-    end
-    if not holds then return { 0, current(), check - 1 } end
-  end
-  local first = at + 1
-  at = first
-  while ARGV[at] do
-    if ARGV[at] == 'p' then
-      local lease = ARGV[at + 3]
-      if lease ~= '' and not alive(lease) then return { -1, lease } end
+
+-- Everything that there is to know, in one call: the records, in the order in which they are used below.
+local wanted = { 'rev' }
+local at = 3
+while ARGV[at] do
+  local kind, field = ARGV[at], ARGV[at + 1]
+  wanted[#wanted + 1] = ((kind == 's' or kind == 'l') and 'T:' or 'K:') .. field
+  if kind == 'l' then wanted[#wanted + 1] = 'W:' .. field end
+  if kind == 'p' or kind == 'd' then
+    wanted[#wanted + 1] = 'D:' .. string.match(field, '^[^\n]*')
+    if kind == 'p' then
+      wanted[#wanted + 1] = 'L:' .. ARGV[at + 3]
       at = at + 4
     else
       at = at + 2
     end
+  else
+    at = at + ((kind == 'u' or kind == 's') and 3 or 2)
   end
-  at = first
+end
+local found = call('HMGET', H, unpack(wanted))
+local last = found[1]
+if not last then last = bump() - 1 end
+
+local function main()
+  local first, slot = 3, 2
+  for check = 1, tonumber(ARGV[2]) do
+    local kind, record, holds = ARGV[first], found[slot], nil
+    if kind == 'a' then
+      holds = not record
+      first = first + 2
+    else
+      if kind == 'u' then record = record and string.sub(record, 18, 33) end
+      holds = record == ARGV[first + 2]
+      first = first + 3
+    end
+    if not holds then return { 0, revision or tonumber(last), check - 1 } end
+    slot = slot + 1
+  end
+  if ARGV[1] == 'p' then
+    local at, slot = first, slot
+    while ARGV[at] do
+      if ARGV[at] == 'p' then
+        local lease = ARGV[at + 3]
+        if lease ~= '' and not found[slot + 2] then return { -1, lease } end
+        at, slot = at + 4, slot + 3
+      else
+        at, slot = at + 2, slot + 2
+      end
+    end
+    -- A full server refuses the first write if it adds data, and the transaction with it.
+    bump(last)
+    store()
+  end
+  local at = first
   while ARGV[at] do
-    local field = ARGV[at + 1]
-    if ARGV[at] == 'p' then
+    local kind, field, record = ARGV[at], ARGV[at + 1], found[slot]
+    if kind == 'p' then
       local value, lease = ARGV[at + 2], ARGV[at + 3]
-      local before = call('HGET', H, 'K:' .. field)
-      local stamp = string.format('%016.0f', bump())
-      local meta = (before and string.sub(before, 1, 16) or stamp) .. ' ' .. stamp .. ' ' .. lease
+      local stamp = string.format('%016.0f', revision)
+      local meta = (record and string.sub(record, 1, 16) or stamp) .. ' ' .. stamp .. ' ' .. lease
       call('HSET', H, 'K:' .. field, meta, 'V:' .. field, value)
-      local left = before and string.sub(before, 35) or ''
-      if not before then call('ZADD', Z, 0, 'i:' .. field) end
+      if not record then call('ZADD', Z, 0, 'i:' .. field) end
+      local left = record and string.sub(record, 35) or ''
       if left ~= lease then
         if left ~= '' then call('ZREM', Z, 'a:' .. left .. '\nk' .. field) end
         if lease ~= '' then call('ZADD', Z, 0, 'a:' .. lease .. '\nk' .. field) end
       end
-      changed(field, meta, value)
-      at = at + 4
-    else
-      if ARGV[at] == 'd' then
-        local meta = call('HGET', H, 'K:' .. field)
-        if meta then drop_key(field, meta) end
-      else
-        drop_ticket(field)
+      changed(field, found[slot + 1], meta, value)
+      at, slot = at + 4, slot + 3
+    elseif kind == 'd' then
+      if record then
+        bump(last)
+        drop_key(field, record, found[slot + 1])
       end
-      at = at + 2
+      at, slot = at + 2, slot + 2
+    else
+      if record then
+        bump(last)
+        drop_ticket(field, record, found[slot + 1])
+      end
+      at, slot = at + 2, slot + 2
     end
   end
-  return { 1, current() }
+  return { 1, revision or tonumber(last) }
 end
+
+local reply = main()
+if revision then store() else call('HDEL', H, '') end
+if tell then tell() end
+return reply

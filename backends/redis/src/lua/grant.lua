@@ -1,6 +1,4 @@
 -- ARGV: lease, TTL in milliseconds.
-local function main()
-  call('ZADD', T, number(now + tonumber(ARGV[2]) * 1000), 'l:' .. ARGV[1])
-  call('HSET', H, 'L:' .. ARGV[1], ARGV[2])
-  return 1
-end
+call('ZADD', T, string.format('%.0f', now + tonumber(ARGV[2]) * 1000), 'l:' .. ARGV[1])
+call('HSET', H, 'L:' .. ARGV[1], ARGV[2])
+return 1

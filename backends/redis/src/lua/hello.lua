@@ -3,7 +3,7 @@
 -- permissions are found now and never stop a script half-way. Raises the revision past everything that a
 -- server which has since lost data has shown to this client, and to anybody before its clock's time.
 local probes = {
-  { 'HGET', H, '' }, { 'HMGET', H, '' }, { 'HEXISTS', H, '' }, { 'HSETNX', H, 'rev', '0' },
+  { 'HDEL', H, '' }, { 'HGET', H, '' }, { 'HMGET', H, '' },
   { 'ZSCORE', T, '' }, { 'ZRANGEBYSCORE', T, '1', '0', 'WITHSCORES', 'LIMIT', 0, 1 },
   { 'ZRANGEBYLEX', Z, '[b', '[a' }, { 'ZREVRANGEBYLEX', Z, '[a', '[b' },
   { 'ZADD', Z, 'XX', 0, '' }, { 'ZADD', T, 'XX', 0, '' }, { 'ZREM', Z, '' }, { 'ZREM', T, '' },
@@ -13,13 +13,11 @@ for _, probe in ipairs(probes) do
   local answer = redis.pcall(unpack(probe))
   if type(answer) == 'table' and answer.err then return answer end
 end
+-- The last one, because it changes something.
+bump()
+revision = math.max(revision, math.min(tonumber(ARGV[3]), 9000000000000000) + 1)
+store()
 -- Only now: what ends a lease must not be stopped half-way either.
 reap()
-bump()
-local seen = tonumber(ARGV[3])
-if seen >= revision and seen < 9000000000000000 then
-  revision = seen + 1
-  call('HSET', H, 'rev', number(revision))
-end
 tell()
 return call('PUBLISH', channel .. 'c:' .. ARGV[1], 'h' .. ARGV[2])

@@ -1,6 +1,8 @@
 -- ARGV: line, name, depth. Answers nothing if the ticket is gone, or its token and the names ahead.
-local function main()
-  local token = call('HGET', H, 'T:' .. ARGV[1] .. '\n' .. ARGV[2])
-  if not token then return {} end
-  return { tonumber(token), ahead(ARGV[1], token, ARGV[2], ARGV[3]) }
-end
+call('HDEL', H, '')
+local token = call('HGET', H, 'T:' .. ARGV[1] .. '\n' .. ARGV[2])
+if not token then return {} end
+local prefix = 'o:' .. ARGV[1] .. '\n'
+local ahead = call('ZREVRANGEBYLEX', Z, '(' .. prefix .. token .. '\n' .. ARGV[2], '[' .. prefix, 'LIMIT', 0, ARGV[3])
+for i, member in ipairs(ahead) do ahead[i] = string.sub(member, #prefix + 18) end
+return { tonumber(token), ahead }

@@ -1,5 +1,5 @@
 -- ARGV: lease.
-local function main()
-  end_lease(ARGV[1])
-  return 1
-end
+end_lease(ARGV[1])
+store()
+tell()
+return 1

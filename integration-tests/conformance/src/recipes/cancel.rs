@@ -11,12 +11,15 @@ use std::{
 };
 
 use futures_util::future::BoxFuture;
-use quorate_core::{Coordinator, Session, SessionOptions};
+use quorate_core::{
+    Backend, Coordinator, Session, SessionOptions,
+    layer::{Chaos, Fault, Rule, Stack, Verb},
+};
 
-use super::{coord, until_tickets};
+use super::{coord, coord_over, counting::Counted, until_tickets};
 use crate::{
     Clients,
-    support::{SOON, cases, within},
+    support::{SOON, cases, client, within},
 };
 
 cases!("cancel":
@@ -83,6 +86,21 @@ async fn each_poll<T>(
     panic!("it did not end within {MOST} polls");
 }
 
+const SESSION: Duration = Duration::from_secs(30);
+
+/// A client whose requests and replies take their time, so that a call can be dropped before, while and after
+/// the server works on it, also where the server is this process.
+async fn slow(clients: &Arc<dyn Clients>) -> Arc<dyn Backend> {
+    let always = |fault| Rule { fault, probability: 1.0, verbs: Vec::new() };
+    let pause = Duration::from_millis(3);
+    let rules = vec![always(Fault::Delay(pause)), always(Fault::DelayReply(pause))];
+    super::standard(Stack::new(client(clients).await).with(Chaos::new(5, rules)).build())
+}
+
+async fn slow_coord(clients: &Arc<dyn Clients>) -> Coordinator {
+    coord_over(slow(clients).await, SESSION)
+}
+
 async fn is_clean(coord: &Coordinator) {
     until_tickets(coord, "job", 0).await;
     let guard = within(SOON, "the next acquire", coord.lock("job").acquire()).await.expect("granted");
@@ -94,7 +112,7 @@ fn boxed<T>(work: impl Future<Output = T> + Send + 'static) -> Pin<Box<dyn Futur
 }
 
 async fn a_dropped_acquire_leaves_nothing(clients: Arc<dyn Clients>) {
-    let (a, b) = (coord(&clients).await, coord(&clients).await);
+    let (a, b) = (slow_coord(&clients).await, coord(&clients).await);
     a.session().await.expect("a session");
     let lock = a.lock("job");
     each_poll(
@@ -110,7 +128,7 @@ async fn a_dropped_acquire_leaves_nothing(clients: Arc<dyn Clients>) {
 }
 
 async fn a_dropped_wait_leaves_nothing(clients: Arc<dyn Clients>) {
-    let (a, b) = (coord(&clients).await, coord(&clients).await);
+    let (a, b) = (slow_coord(&clients).await, coord(&clients).await);
     a.session().await.expect("a session");
     let held = b.lock("job").acquire().await.expect("granted");
     let lock = a.lock("job");
@@ -129,7 +147,7 @@ async fn a_dropped_wait_leaves_nothing(clients: Arc<dyn Clients>) {
 }
 
 async fn a_dropped_try_leaves_nothing(clients: Arc<dyn Clients>) {
-    let (a, b) = (coord(&clients).await, coord(&clients).await);
+    let (a, b) = (slow_coord(&clients).await, coord(&clients).await);
     a.session().await.expect("a session");
     let lock = a.lock("job");
     each_poll(
@@ -145,7 +163,7 @@ async fn a_dropped_try_leaves_nothing(clients: Arc<dyn Clients>) {
 }
 
 async fn a_dropped_refused_try_leaves_nothing(clients: Arc<dyn Clients>) {
-    let (a, b) = (coord(&clients).await, coord(&clients).await);
+    let (a, b) = (slow_coord(&clients).await, coord(&clients).await);
     a.session().await.expect("a session");
     let held = b.lock("job").acquire().await.expect("granted");
     let lock = a.lock("job");
@@ -163,7 +181,7 @@ async fn a_dropped_refused_try_leaves_nothing(clients: Arc<dyn Clients>) {
 }
 
 async fn a_dropped_acquire_within_leaves_nothing(clients: Arc<dyn Clients>) {
-    let (a, b) = (coord(&clients).await, coord(&clients).await);
+    let (a, b) = (slow_coord(&clients).await, coord(&clients).await);
     a.session().await.expect("a session");
     let held = b.lock("job").acquire().await.expect("granted");
     let lock = a.lock("job");
@@ -182,7 +200,7 @@ async fn a_dropped_acquire_within_leaves_nothing(clients: Arc<dyn Clients>) {
 }
 
 async fn a_dropped_release_releases(clients: Arc<dyn Clients>) {
-    let (a, b) = (coord(&clients).await, coord(&clients).await);
+    let (a, b) = (slow_coord(&clients).await, coord(&clients).await);
     for polls in 0..MOST {
         let guard = a.lock("job").acquire().await.expect("granted");
         let ended = poll_times(guard.release(), polls).await;
@@ -198,10 +216,11 @@ async fn a_dropped_release_releases(clients: Arc<dyn Clients>) {
 async fn a_dropped_first_acquire_leaves_no_second_session(clients: Arc<dyn Clients>) {
     let b = coord(&clients).await;
     for polls in 1..6 {
-        let a = coord(&clients).await;
+        let counted = Counted::default();
+        let a = coord_over(Stack::new(slow(&clients).await).with(counted.clone()).build(), SESSION);
         drop(poll_times(a.lock("job").acquire(), polls).await);
-        let (first, second) = (a.session().await.expect("a session"), a.session().await.expect("a session"));
-        assert_eq!(first.lease(), second.lease());
+        a.session().await.expect("a session");
+        assert_eq!(counted.calls(Verb::Grant), 1, "the attempt of the dropped call is the one that is used");
         is_clean(&b).await;
         a.close().await.expect("closed");
     }

@@ -8,13 +8,17 @@ use std::{
     time::Duration,
 };
 
-use quorate_core::{ErrorKind, MAX_NAME, lock::LockGuard};
+use quorate_core::{
+    ErrorKind, MAX_NAME,
+    layer::{Stack, Verb},
+    lock::LockGuard,
+};
 use tokio::time::{Instant, sleep};
 
-use super::{coord, tickets, until_tickets};
+use super::{coord, coord_over, counting::Counted, tickets, until_tickets};
 use crate::{
     Clients,
-    support::{QUIET, SOON, cases, refused, spawn, within},
+    support::{QUIET, SOON, cases, client, refused, spawn, within},
 };
 
 cases!("lock":
@@ -78,15 +82,20 @@ async fn time_limits_are_kept_and_zero_is_one_attempt(clients: Arc<dyn Clients>)
 }
 
 async fn bad_names_are_refused_before_anything_is_sent(clients: Arc<dyn Clients>) {
-    let coord = coord(&clients).await;
+    let counted = Counted::default();
+    let backend = Stack::new(client(&clients).await).with(counted.clone()).build();
+    let coord = coord_over(backend, SOON);
     for name in [String::new(), "x".repeat(MAX_NAME + 1), "é".repeat(MAX_NAME)] {
         let lock = coord.lock(&name);
+        refused(coord.lock_all(["a", &name]).acquire().await, ErrorKind::InvalidInput, "one of several");
         refused(lock.try_acquire().await, ErrorKind::InvalidInput, "try_acquire");
         refused(lock.acquire().await, ErrorKind::InvalidInput, "acquire");
         refused(lock.acquire_within(Duration::from_secs(1)).await, ErrorKind::InvalidInput, "acquire_within");
         refused(lock.status().await, ErrorKind::InvalidInput, "status");
         refused(lock.break_holder().await, ErrorKind::InvalidInput, "break_holder");
     }
+    refused(coord.lock_all([]).acquire().await, ErrorKind::InvalidInput, "no name at all");
+    assert_eq!(Verb::ALL.map(|verb| counted.calls(verb)), [0; Verb::ALL.len()], "nothing was sent");
 }
 
 async fn hostile_lock_names_never_collide(clients: Arc<dyn Clients>) {

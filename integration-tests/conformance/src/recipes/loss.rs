@@ -1,10 +1,15 @@
 //! Loss: a hold that ends by itself, and what is promised about the moments around it.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use quorate_core::{
     Check, ErrorKind, Txn, Write,
-    layer::{Chaos, Fault, Rule, Stack, Verb},
+    layer::{Chaos, Fault, Op, Rule, Stack, Verb, Wrap},
+    session::DRIFT,
 };
 use tokio::time::{Instant, sleep};
 
@@ -20,6 +25,7 @@ cases!("loss":
     the_guard_turns_invalid_before_anybody_else_is_granted,
     late_replies_do_not_stretch_the_deadline,
     a_dead_waiter_is_never_granted_and_its_call_returns,
+    a_waiter_whose_lease_was_ended_at_the_server_is_never_granted,
     a_ticket_removed_behind_the_holders_back_is_noticed,
     protected_work_is_dropped_when_the_lock_is_lost,
     a_fenced_write_of_a_former_holder_is_refused,
@@ -74,17 +80,48 @@ async fn the_guard_turns_invalid_before_anybody_else_is_granted(clients: Arc<dyn
     assert!(next.is_held());
 }
 
-async fn late_replies_do_not_stretch_the_deadline(clients: Arc<dyn Clients>) {
-    let late = Rule { fault: Fault::DelayReply(clients.ttl() / 4), probability: 1.0, verbs: vec![Verb::Renew] };
-    let slow = Stack::new(client(&clients).await).with(Chaos::new(7, vec![late])).build();
-    let coord = coord_over(slow, clients.ttl());
-    let session = coord.session().await.expect("a session");
-    let until = Instant::now() + session.ttl() * 2;
-    while Instant::now() < until && session.is_live() {
-        let left = session.deadline().saturating_duration_since(Instant::now());
-        assert!(left < session.ttl(), "trusted for {left:?} of a ttl of {:?}", session.ttl());
-        sleep(session.ttl() / 20).await;
+/// Notes when each request that is to confirm the lease leaves, and holds its reply back.
+#[derive(Debug, Clone)]
+struct LateReplies {
+    sent: Arc<Mutex<Vec<Instant>>>,
+    by: Duration,
+}
+
+impl Wrap for LateReplies {
+    async fn call<'a, T, F, Fut>(&'a self, op: Op<'a>, call: F) -> quorate_core::Result<T>
+    where
+        T: Send + 'a,
+        F: Fn() -> Fut + Send + Sync + 'a,
+        Fut: Future<Output = quorate_core::Result<T>> + Send + 'a,
+    {
+        if !matches!(op.verb, Verb::Grant | Verb::Renew) {
+            return call().await;
+        }
+        self.sent.lock().expect("no poison").push(Instant::now());
+        let outcome = call().await;
+        sleep(self.by).await;
+        outcome
     }
+}
+
+async fn late_replies_do_not_stretch_the_deadline(clients: Arc<dyn Clients>) {
+    let ttl = clients.ttl().max(Duration::from_secs(2));
+    let late = LateReplies { sent: Arc::default(), by: ttl / 6 };
+    let slow = Stack::new(client(&clients).await).with(late.clone()).build();
+    let coord = coord_over(slow, ttl);
+    let session = coord.session().await.expect("a session");
+    let most = session.ttl().mul_f64(1.0 - DRIFT);
+    let until = Instant::now() + session.ttl() * 4;
+    while Instant::now() < until {
+        // The deadline first: a request that leaves between the two looks only makes the bound wider.
+        let deadline = session.deadline();
+        let sent = *late.sent.lock().expect("no poison").last().expect("the grant was sent");
+        assert!(deadline <= sent + most, "trusted {:?} longer than the request allows", deadline - (sent + most));
+        assert!(session.is_live(), "replies that are late by a sixth of the ttl lose nothing");
+        sleep(session.ttl() / 50).await;
+    }
+    let renewals = late.sent.lock().expect("no poison").len() - 1;
+    assert!(renewals >= 6, "void: only {renewals} renewals");
 }
 
 async fn a_dead_waiter_is_never_granted_and_its_call_returns(clients: Arc<dyn Clients>) {
@@ -100,6 +137,18 @@ async fn a_dead_waiter_is_never_granted_and_its_call_returns(clients: Arc<dyn Cl
     guard.release().await.expect("released");
     let limit = session.ttl() + holder.profile().expiry_lag + SOON;
     drop(within(limit, "the live waiter", &mut waiting.0).await.expect("no panic"));
+}
+
+async fn a_waiter_whose_lease_was_ended_at_the_server_is_never_granted(clients: Arc<dyn Clients>) {
+    let (holder, doomed) = (coord(&clients).await, coord(&clients).await);
+    let guard = holder.lock("job").acquire().await.expect("granted");
+    let session = doomed.session().await.expect("a session");
+    let mut waiting = spawn(async move { doomed.lock("job").acquire().await });
+    until_tickets(&holder, "job", 2).await;
+    // The waiter does not know: its next renewal is ten seconds away.
+    holder.backend().revoke(session.lease()).await.expect("revoked");
+    guard.release().await.expect("released");
+    refused(waiting.soon("the waiter's call").await, ErrorKind::SessionLost, "acquire on an ended lease");
 }
 
 async fn a_ticket_removed_behind_the_holders_back_is_noticed(clients: Arc<dyn Clients>) {
@@ -143,15 +192,15 @@ async fn a_fenced_write_of_a_former_holder_is_refused(clients: Arc<dyn Clients>)
     let old = a.lock("job").acquire().await.expect("granted");
     let fence = old.fence();
     let kv = a.kv();
-    kv.put_fenced(&fence, "row", "old").await.expect("answered").expect("the hold stands");
+    kv.put_fenced(&fence, "row", "old").await.expect("the hold stands");
     // A fence survives being sent elsewhere.
     let text = serde_json::to_string(&fence).expect("JSON");
     let fence: quorate_core::Fence = serde_json::from_str(&text).expect("JSON");
-    kv.put_fenced(&fence, "row", "old, elsewhere").await.expect("answered").expect("the hold stands");
+    kv.put_fenced(&fence, "row", "old, elsewhere").await.expect("the hold stands");
     b.lock("job").break_holder().await.expect("breaking works").expect("held");
     let new = b.lock("job").acquire().await.expect("granted");
-    b.kv().put_fenced(&new.fence(), "row", "new").await.expect("answered").expect("the hold stands");
-    assert!(kv.put_fenced(&fence, "row", "stale").await.expect("answered").is_none());
+    b.kv().put_fenced(&new.fence(), "row", "new").await.expect("the hold stands");
+    refused(kv.put_fenced(&fence, "row", "stale").await, ErrorKind::SessionLost, "a stale fenced write");
     assert_eq!(kv.get("row").await.expect("get").expect("exists").value, "new");
 }
 
@@ -161,7 +210,7 @@ async fn without_a_fence_the_same_write_goes_wrong(clients: Arc<dyn Clients>) {
     let _old = a.lock("job").acquire().await.expect("granted");
     b.lock("job").break_holder().await.expect("breaking works").expect("held");
     let new = b.lock("job").acquire().await.expect("granted");
-    b.kv().put_fenced(&new.fence(), "row", "new").await.expect("answered").expect("the hold stands");
+    b.kv().put_fenced(&new.fence(), "row", "new").await.expect("the hold stands");
     a.kv().put("row", "stale").await.expect("nothing stops it");
     assert_eq!(b.kv().get("row").await.expect("get").expect("exists").value, "stale");
 }

@@ -7,6 +7,7 @@ mod chaos;
 mod counting;
 mod fairness;
 mod keys;
+mod late;
 mod locks;
 mod loss;
 mod sessions;
@@ -27,6 +28,7 @@ pub(crate) fn cases() -> Vec<Case> {
         cancel::cases(),
         chaos::cases(),
         counting::cases(),
+        late::cases(),
     ]
     .concat()
 }

@@ -120,7 +120,7 @@ async fn an_overdue_renewal_is_told_and_taken_back(clients: Arc<dyn Clients>) {
     // One renewal in two fails: some are overdue, none of many in a row.
     let flaky = Rule { fault: Fault::Refuse, probability: 0.5, verbs: vec![Verb::Renew] };
     let backend = Stack::new(client(&clients).await).with(Chaos::new(3, vec![flaky])).build();
-    let options = SessionOptions { ttl: clients.ttl(), owner: "x".into() };
+    let options = SessionOptions { ttl: clients.ttl().max(Duration::from_secs(2)), owner: "x".into() };
     let session = Session::open(backend, &options).await.expect("a session");
     let mut states = session.states();
     let mut seen = Vec::new();

@@ -1,4 +1,0 @@
-reap()
-local reply = main()
-tell()
-return reply
