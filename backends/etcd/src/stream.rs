@@ -339,7 +339,7 @@ impl Shared {
                 Some(expected) if message.canceled() => id = expected,
                 Some(expected) if expected == id => {}
                 _ => {
-                    let text = "the server chooses watch ids by itself: etcd 3.4 or later is needed";
+                    let text = "the server chooses watch ids by itself: etcd 3.4 or later is needed, and not behind its gRPC proxy";
                     return Err(Fault::new(ErrorKind::Unsupported, text));
                 }
             }
