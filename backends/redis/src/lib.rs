@@ -44,7 +44,8 @@
 //! Time is the server's clock. A lease ends when that clock passes its deadline, no matter when the server would
 //! expire anything: every script first ends the leases that are over, so nobody ever sees a dead lease's
 //! records. Whoever waits for a ticket asks again when its lease would end, whoever watches when the first lease of
-//! the namespace would. If that clock is set forward, leases end early, as any expiry on Redis does.
+//! the namespace would. If that clock is set forward, leases end early, as any expiry on Redis
+//! does; if it is set back, they last longer.
 //!
 //! A server out of memory refuses what adds data (`Backend`), never renewals, releases, deletions and reads.
 //!
