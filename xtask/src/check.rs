@@ -55,12 +55,17 @@ fn msrv() -> Outcome {
     let tree = tree(&["--workspace", "-e", "all", "--features", "full", "--format", "{p} rust={r}"])?;
     let mut newer: Vec<_> = tree
         .lines()
-        .filter(|line| line.split("rust=").nth(1).is_some_and(|r| number(r) > number(promised)))
+        .filter(|line| line.split("rust=").nth(1).is_some_and(|r| number(first_word(r)) > number(promised)))
         .map(|line| line.split(" rust=").next().unwrap_or(line).to_owned())
         .collect();
     newer.sort();
     newer.dedup();
     if newer.is_empty() { Ok(()) } else { Err(format!("these need a newer Rust than {promised}: {newer:?}")) }
+}
+
+/// Without the mark that `cargo tree` puts behind what it has shown before.
+fn first_word(text: &str) -> &str {
+    text.split(' ').next().unwrap_or_default()
 }
 
 /// The rules of deny.toml that matter most, without cargo-deny.
@@ -84,7 +89,7 @@ fn heavy_dependencies() -> Outcome {
 }
 
 fn tree(args: &[&str]) -> Outcome<String> {
-    let mut command = cargo(&["tree", "--prefix", "none", "--no-dedupe"]);
+    let mut command = cargo(&["tree", "--prefix", "none"]);
     let output = command.args(args).output().map_err(|e| e.to_string())?;
     if !output.status.success() {
         return Err(format!("cargo tree failed: {}", String::from_utf8_lossy(&output.stderr)));

@@ -47,11 +47,13 @@ impl Options {
                 return Err(Error::invalid("connect", message).on(BACKEND));
             }
         };
-        let scheme = if config.tls.is_some() { "https" } else { "http" };
+        // A builder may name the scheme alone; it must not end in plain text.
+        let tls = config.tls.clone().or_else(|| (config.scheme == "etcds").then(Tls::default));
+        let scheme = if tls.is_some() { "https" } else { "http" };
         Ok(Self {
             uris: config.endpoints.iter().map(|endpoint| uri(scheme, endpoint)).collect(),
             login,
-            tls: config.tls.clone(),
+            tls,
             connect_timeout: config.connect_timeout,
             request_timeout: config.request_timeout,
         })
@@ -136,6 +138,15 @@ mod tests {
         for url in ["redis://h", "etcd://h?token=t", "etcd://user@h", "etcd://h?color=red"] {
             let error = Config::parse(url).and_then(|config| Options::new(&config)).expect_err(url);
             assert_eq!(error.kind(), ErrorKind::InvalidInput, "{url}");
+        }
+    }
+
+    #[test]
+    fn the_scheme_with_an_s_never_ends_in_plain_text() {
+        for config in [Config::new("etcds", ["h"]), Config::parse("etcds://h").unwrap()] {
+            let options = Options::new(&config).unwrap();
+            assert!(options.uses_tls());
+            assert_eq!(options.uris, ["https://h:2379"]);
         }
     }
 

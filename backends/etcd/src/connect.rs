@@ -8,7 +8,7 @@ use std::{
     future::Future,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -27,8 +27,9 @@ use crate::{
     error::{Blame, Call, Fault, judge},
 };
 
-/// A call that its caller gives up after this time without an answer casts doubt on the connection. Below the shortest
-/// limit in use, a third of the smallest TTL, so that the next renewal does not wait on the same dead connection.
+/// A call that its caller gives up after this time casts doubt on the connection, if nothing else was answered over it
+/// meanwhile. Below the shortest limit in use, a third of the smallest TTL, so that the next renewal does not
+/// wait on the same dead connection.
 pub(crate) const SUSPICIOUS: Duration = Duration::from_millis(250);
 
 /// The endpoints of one backend, each with its connection.
@@ -37,6 +38,8 @@ pub(crate) struct Pool {
     pub(crate) options: Options,
     endpoints: Endpoints,
     links: Mutex<Vec<Arc<Link>>>,
+    /// The beginning of [`Link::heard`]'s time.
+    started: Instant,
 }
 
 /// One endpoint's connection, until something is wrong with it: then another link takes its place, so that of many
@@ -44,8 +47,8 @@ pub(crate) struct Pool {
 pub(crate) struct Link {
     index: usize,
     clients: OnceCell<Clients>,
-    /// Whether a call was answered over this link.
-    proven: AtomicBool,
+    /// When the last answer came, in milliseconds from 1; 0 for never.
+    heard: AtomicU64,
 }
 
 impl std::fmt::Debug for Link {
@@ -66,7 +69,7 @@ pub(crate) struct Clients {
 
 impl Link {
     fn new(index: usize, clients: Option<Clients>) -> Arc<Self> {
-        Arc::new(Self { index, clients: OnceCell::new_with(clients), proven: AtomicBool::new(false) })
+        Arc::new(Self { index, clients: OnceCell::new_with(clients), heard: AtomicU64::new(0) })
     }
 
     pub(crate) fn clients(&self) -> &Clients {
@@ -84,7 +87,7 @@ impl Pool {
     pub(crate) fn new(options: Options) -> Self {
         let count = options.uris.len();
         let links = (0..count).map(|index| Link::new(index, None)).collect();
-        Self { options, endpoints: Endpoints::new(count), links: Mutex::new(links) }
+        Self { options, endpoints: Endpoints::new(count), links: Mutex::new(links), started: Instant::now() }
     }
 
     fn links(&self) -> MutexGuard<'_, Vec<Arc<Link>>> {
@@ -154,9 +157,14 @@ impl Pool {
         tracing::debug!(endpoint = uris[link.index], next = uris[next], ?blame, "etcd endpoint failed");
     }
 
+    fn millis(&self, since: Instant) -> u64 {
+        u64::try_from(since.duration_since(self.started).as_millis()).unwrap_or(u64::MAX).saturating_add(1)
+    }
+
     /// Notes that the link has given an answer.
     pub(crate) fn praise(&self, link: &Link) {
-        if !link.proven.load(Ordering::Relaxed) && !link.proven.swap(true, Ordering::AcqRel) {
+        let before = link.heard.swap(self.millis(Instant::now()), Ordering::Relaxed);
+        if before == 0 {
             self.endpoints.succeeded(link.index);
         }
     }
@@ -283,7 +291,11 @@ impl Asked<'_> {
 
 impl Drop for Asked<'_> {
     fn drop(&mut self) {
-        if !self.answered && self.since.elapsed() >= SUSPICIOUS {
+        if self.answered || self.since.elapsed() < SUSPICIOUS {
+            return;
+        }
+        // A server that answers others over the same connection is slow, not silent.
+        if self.link.heard.load(Ordering::Relaxed) <= self.pool.millis(self.since) {
             self.pool.blame(self.link, Blame::Connection);
         }
     }

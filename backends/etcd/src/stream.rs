@@ -339,7 +339,7 @@ impl Shared {
                 Some(expected) if message.canceled() => id = expected,
                 Some(expected) if expected == id => {}
                 _ => {
-                    let text = "the server chooses watch ids by itself: etcd 3.4 or later is needed";
+                    let text = "the server chooses watch ids by itself: etcd 3.4 or later is needed, and not behind its gRPC proxy";
                     return Err(Fault::new(ErrorKind::Unsupported, text));
                 }
             }
@@ -383,9 +383,23 @@ fn ending(message: &WatchResponse) -> Ending {
     }
 }
 
+/// Ends the watches of a stream with its task, however that ends: nobody must wait on a stream that is not there.
+struct Life {
+    stream: Arc<Shared>,
+    fault: Fault,
+}
+
+impl Drop for Life {
+    fn drop(&mut self) {
+        self.stream.end(&self.fault);
+    }
+}
+
 /// The life of one stream.
 async fn run(stream: Arc<Shared>, pool: Arc<Pool>, renew_token: bool) {
-    let fault = match connect(&stream, &pool, renew_token).await {
+    let fault = Fault::new(ErrorKind::Unavailable, "the backend was shut down");
+    let mut life = Life { stream: stream.clone(), fault };
+    life.fault = match connect(&stream, &pool, renew_token).await {
         Err(fault) => fault,
         Ok((link, transport)) => {
             let (requests, responses) = transport.split();
@@ -396,8 +410,7 @@ async fn run(stream: Arc<Shared>, pool: Arc<Pool>, renew_token: bool) {
             }
         }
     };
-    tracing::debug!(%fault, "etcd watch stream ended");
-    stream.end(&fault);
+    tracing::debug!(fault = %life.fault, "etcd watch stream ended");
 }
 
 async fn connect(stream: &Shared, pool: &Pool, renew_token: bool) -> Result<(Arc<Link>, WatchStream), Fault> {

@@ -10,7 +10,7 @@ use quorate_core::{
     Entry, Error, Key, KeyRange, Result, Revision, Snapshot, Watch, WatchEvent, WatchSender,
     watch::{WATCH_CAPACITY, channel},
 };
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::{
     Inner,
@@ -23,17 +23,17 @@ const CALL: Call = Call::read("watch");
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
-/// Pauses between attempts to reach the server, growing, with jitter.
-pub(crate) struct Backoff(Duration);
+/// Pauses between attempts to establish a watch: none before the first, then growing, with jitter.
+struct Backoff(Duration);
 
 impl Backoff {
-    pub(crate) fn new() -> Self {
-        Self(FIRST_PAUSE)
-    }
+    const NEW: Self = Self(Duration::ZERO);
 
     async fn pause(&mut self) {
-        sleep(self.0.mul_f64(rand::random_range(0.5..1.5))).await;
-        self.0 = (self.0 * 2).min(LONGEST_PAUSE);
+        if !self.0.is_zero() {
+            sleep(self.0.mul_f64(rand::random_range(0.5..1.5))).await;
+        }
+        self.0 = (self.0 * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
     }
 }
 
@@ -51,7 +51,7 @@ pub(crate) async fn watch(inner: &Arc<Inner>, range: &KeyRange) -> Result<Watch>
     let (watching, snapshot) = establish(inner, range).await?;
     let (sender, watch) = channel(WATCH_CAPACITY);
     let seen = snapshot.revision;
-    // Cannot lag: a reset always fits.
+    // A reset always fits.
     let _ = sender.send(WatchEvent::Reset(snapshot));
     inner.tasks.spawn(follow(inner.clone(), range.clone(), sender, watching, seen));
     Ok(watch)
@@ -71,37 +71,47 @@ async fn establish(inner: &Inner, range: &KeyRange) -> Result<(Watching, Snapsho
 /// Feeds the reader until it goes away.
 async fn follow(inner: Arc<Inner>, range: KeyRange, sender: WatchSender, watching: Watching, seen: Revision) {
     let (mut watching, mut seen) = (watching, seen);
+    let mut backoff = Backoff::NEW;
     loop {
-        match feed(&range, &inner, &sender, &mut watching, seen).await {
+        let since = Instant::now();
+        let gap = feed(&range, &inner, &sender, &mut watching, seen).await;
+        if since.elapsed() > LONGEST_PAUSE {
+            backoff = Backoff::NEW;
+        }
+        // Told once per gap: after an interruption the next event is a reset.
+        let mut told = false;
+        match gap {
             Gap::Closed => return,
             Gap::Missed => {}
-            Gap::Lost(fault) => interrupted(&sender, fault.error(CALL.verb).key(&range)),
+            Gap::Lost(fault) => interrupted(&sender, fault.error(CALL.verb).key(&range), &mut told),
         }
-        let mut backoff = Backoff::new();
         let snapshot;
         (watching, snapshot) = loop {
+            let again = async {
+                backoff.pause().await;
+                establish(&inner, &range).await
+            };
             tokio::select! {
                 () = sender.closed() => return,
-                established = establish(&inner, &range) => match established {
+                established = again => match established {
                     Ok(established) => break established,
-                    Err(error) => interrupted(&sender, error),
+                    Err(error) => interrupted(&sender, error, &mut told),
                 }
-            }
-            tokio::select! {
-                () = sender.closed() => return,
-                () = backoff.pause() => {}
             }
         };
         // A server that lost its data counts from the beginning; the reset tells the reader so.
         seen = snapshot.revision;
+        // A reset always fits.
         let _ = sender.send(WatchEvent::Reset(snapshot));
     }
 }
 
-fn interrupted(sender: &WatchSender, error: Error) {
+fn interrupted(sender: &WatchSender, error: Error, told: &mut bool) {
     tracing::debug!(%error, "watch interrupted");
-    // Never lags: only changes do.
-    let _ = sender.send(WatchEvent::Interrupted(error));
+    if !std::mem::replace(told, true) {
+        // Never lags: only changes do.
+        let _ = sender.send(WatchEvent::Interrupted(error));
+    }
 }
 
 async fn feed(

@@ -88,10 +88,19 @@ async fn an_expired_token_is_renewed_for_calls_watches_and_waits() {
 }
 
 async fn etcdctl(server: &Server, words: &[&str]) {
-    let output = Command::new("etcdctl")
+    let mut command = Command::new("etcdctl");
+    let scheme = match server.tls() {
+        None => "http",
+        Some(files) => {
+            command.arg("--cacert").arg(files.ca());
+            command.arg("--cert").arg(files.client_cert()).arg("--key").arg(files.client_key());
+            "https"
+        }
+    };
+    let output = command
         .env("ETCDCTL_API", "3")
         .env("ETCDCTL_USER", format!("root:{PASSWORD}"))
-        .arg(format!("--endpoints=http://{}", server.addr()))
+        .arg(format!("--endpoints={scheme}://{}", server.addr()))
         .args(words)
         .stdin(Stdio::null())
         .output()
@@ -138,6 +147,29 @@ async fn with_tls() -> (TlsFiles, Server) {
     let options = EtcdOptions { tls: Some(files.clone()), ..EtcdOptions::default() };
     let server = servers::Etcd::start(options).await.unwrap();
     (files, server)
+}
+
+#[tokio::test]
+async fn a_client_certificate_is_a_login_of_its_own() {
+    let files = TlsFiles::generate().unwrap();
+    let options = EtcdOptions {
+        root: Some(Credentials::new("root", PASSWORD)),
+        tls: Some(files.clone()),
+        ..EtcdOptions::default()
+    };
+    let server = servers::Etcd::start(options).await.unwrap();
+    let tls = Tls { ca: Some(files.ca()), cert: Some(files.client_cert()), key: Some(files.client_key()) };
+    let nobody = config([server.addr()]).with_tls(tls);
+    // Known to the server as the certificate's common name, which has no role yet.
+    let etcd = Etcd::connect(&nobody).await.unwrap();
+    assert_eq!(etcd.commit(&put("a", "1")).await.expect_err("no role").kind(), ErrorKind::Denied);
+    let root = Etcd::connect(&nobody.clone().with_login("root", PASSWORD)).await.unwrap();
+    root.commit(&put("a", "1")).await.unwrap();
+    etcdctl(&server, &["user", "add", "quorate-client:unused"]).await;
+    etcdctl(&server, &["user", "grant-role", "quorate-client", "root"]).await;
+    etcd.commit(&put("a", "2")).await.unwrap();
+    let mut watch = etcd.watch(&all()).await.unwrap();
+    assert_eq!(reset(&mut watch).await, 1);
 }
 
 #[tokio::test]

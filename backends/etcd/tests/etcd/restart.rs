@@ -6,7 +6,8 @@ use quorate_core::{Backend as _, ErrorKind, Watch, WatchEvent};
 use tokio::time::sleep;
 
 use super::support::{
-    all, connect, entry, follow, join, lease, leave, put, release, reset, server, spawn_gone, until, value, within,
+    all, connect, entry, follow, interrupted, join, lease, leave, put, release, reset, server, spawn_gone, until,
+    value, within,
 };
 
 #[tokio::test]
@@ -23,7 +24,7 @@ async fn leases_tickets_and_watches_survive_a_restart_with_the_data() {
     sleep(Duration::from_millis(200)).await;
 
     server.kill().await.unwrap();
-    within("the wait returns, unsure", gone).await.unwrap().unwrap();
+    interrupted(gone).await;
     let down = etcd.commit(&put("b", "1")).await.expect_err("the server is down");
     assert!(matches!(down.kind(), ErrorKind::Unavailable | ErrorKind::Ambiguous), "{down}");
     server.restart().await.unwrap();
@@ -66,7 +67,7 @@ async fn after_the_loss_of_all_data_the_session_is_lost_and_the_watch_starts_aga
     sleep(Duration::from_millis(200)).await;
 
     server.restart_wiped().await.unwrap();
-    within("the wait returns", gone).await.unwrap().unwrap();
+    interrupted(gone).await;
     until("the server is back", || async { etcd.read(&all()).await.is_ok() }).await;
     assert_eq!(etcd.renew(&lease).await.expect_err("nobody knows it").kind(), ErrorKind::SessionLost);
     let late = etcd.enqueue(&entry("job", &lease)).await.expect_err("nobody knows the lease");

@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, future::Future, net::SocketAddr, sync::Arc, tim
 
 use bytes::Bytes;
 use quorate_core::{
-    Backend, Check, Commit, Config, Dir, Enqueue, Key, KeyRange, LeaseId, Nonce, Place, Ticket, TicketKind, Txn, Watch,
-    WatchEvent, Write,
+    Backend, Check, Commit, Config, Dir, Enqueue, ErrorKind, Key, KeyRange, LeaseId, Nonce, Place, Ticket, TicketKind,
+    Txn, Watch, WatchEvent, Write,
 };
 use quorate_etcd::Etcd;
 use quorate_testkit::servers::{self, EtcdOptions, Server};
@@ -167,4 +167,11 @@ pub(crate) async fn watchers(addr: SocketAddr) -> u64 {
 pub(crate) fn spawn_gone(etcd: &Arc<Etcd>, ticket: &Ticket) -> tokio::task::JoinHandle<quorate_core::Result<()>> {
     let (etcd, ticket) = (etcd.clone(), ticket.clone());
     tokio::spawn(async move { etcd.gone(&ticket).await })
+}
+
+/// A wait that has lost its connection ends, to be repeated; with an error if it had not quite begun.
+pub(crate) async fn interrupted(wait: tokio::task::JoinHandle<quorate_core::Result<()>>) {
+    if let Err(error) = within("a wait that lost its connection ends", wait).await.unwrap() {
+        assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+    }
 }
