@@ -12,8 +12,19 @@ pub(crate) struct Row {
     pub(crate) passed: usize,
     pub(crate) failed: Vec<String>,
     pub(crate) refused: Vec<String>,
+    /// Cases that failed among all others and passed alone.
+    pub(crate) shaky: Vec<String>,
     /// Outcome of the backend's own tests; `None` if they were not run.
-    pub(crate) own: Option<bool>,
+    pub(crate) own: Option<Own>,
+}
+
+/// What became of a backend's own tests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Own {
+    Passed,
+    /// Something failed, and nothing did when they were run again one after another.
+    PassedAlone,
+    Failed,
 }
 
 /// Reads the results that the conformance run writes: `backend<TAB>case<TAB>passed|failed|refused<TAB>text`.
@@ -48,15 +59,19 @@ pub(crate) fn print(expected: &[&str], rows: &BTreeMap<String, Row>) -> bool {
         };
         let own = match row.own {
             None => "not run",
-            Some(true) => "passed",
-            Some(false) => "FAILED",
+            Some(Own::Passed) => "passed",
+            Some(Own::PassedAlone) => "passed, but only one after another",
+            Some(Own::Failed) => "FAILED",
         };
         println!("{name:<12} {:>7} {:>7} {:>20}   {own}", row.passed, row.failed.len(), row.refused.len());
-        good &= row.failed.is_empty() && row.own != Some(false) && row.passed > 0;
+        good &= row.failed.is_empty() && row.own != Some(Own::Failed) && row.passed > 0;
     }
     for (name, row) in rows {
         for case in &row.failed {
             println!("   FAILED   {name}/{case}");
+        }
+        for case in &row.shaky {
+            println!("   SHAKY    {name}/{case}: failed among others, passed alone");
         }
         for case in &row.refused {
             println!("   refused  {name}/{case}");
