@@ -17,13 +17,15 @@
 //!
 //! Name agents, not a load balancer: a lease of kind `agent` lives on one agent, and every renewal goes there.
 //!
-//! An agent takes 200 connections from one address (`limits.http_max_conns_per_client`), those of other processes on the
-//! same machine included. This client uses at most `connections` for requests and 64 for waiting; each watch takes one.
+//! An agent takes 200 connections from one address (`limits.http_max_conns_per_client`), those of other processes on
+//! the same machine included, and resets further ones. This client uses at most `connections` for requests, keeps as
+//! many idle, and 64 for waiting; each watch takes one.
 //!
 //! # Rights
-//! With ACLs: `key_prefix "<namespace>/" { policy = "write" }`, `session_prefix "" { policy = "write" }`, and for leases of
-//! kind `agent` also `service_prefix "quorate-session" { policy = "write" }`. Without the last, `auto` falls back to `ttl`.
-//! Consul before 1.11 shows an empty range to a token without rights to it; such a read fails here with `Denied`.
+//! With ACLs: `key_prefix "<namespace>/" { policy = "write" }`, `session_prefix "" { policy = "write" }`, and for
+//! leases of kind `agent` also `service_prefix "quorate-session" { policy = "write" }`. Without the last, `auto` falls
+//! back to `ttl`. Consul before 1.11 shows an empty range to a token without rights to it; such a read fails here with
+//! `Denied`.
 //!
 //! # Leases
 //! | | `agent` | `ttl` |
@@ -31,34 +33,46 @@
 //! | made of | a service `quorate-session` with a TTL check, and a session that stands on it | a session |
 //! | smallest TTL | 1 s | the servers' `session_ttl_min`, 10 s by default |
 //! | a dead owner's keys go after | TTL | up to 2 × TTL |
-//! | the owner's machine dies, agent included | up to 2 × TTL, at least 10 s | the same |
+//! | its machine dies, agent included | up to 2 × TTL, at least 2 × `session_ttl_min` | up to 2 × TTL |
 //! | ended early by | see [`Profile::early_end`] | see there |
 //!
-//! Both have lock-delay 0 and behaviour `delete`. In both a session has its own TTL at the servers, and `serfHealth` is not
-//! among its checks. That costs time when a machine dies, and buys that a network partition cannot end a lease
-//! while its holder may still trust it. One exception cannot be avoided: if the endpoint is a Consul *server* and that server
-//! dies or is cut off, autopilot removes it from the cluster some seconds later, and Consul ends the sessions of a removed
-//! node. A client agent beside the application, as Consul recommends, does not have this limit.
+//! [`Profile::expiry_lag`] is about a client that dies, not about an agent that dies with it. For `ttl` it is that of
+//! the TTL in the configuration; a longer TTL has a longer lag.
 //!
-//! What is seen of a lease elsewhere: one instance of the service `quorate-session` without a port. Of a
-//! dead owner it is critical, affects no other service's health, and is removed by the agent after one to two minutes.
+//! Both kinds have lock-delay 0 and behaviour `delete`. In both the session has its own TTL at the servers, and
+//! `serfHealth` is not among its checks. That costs time when a machine dies, and buys that a network partition does
+//! not end a lease while its holder may still trust it. One exception cannot be avoided: if the endpoint is a Consul
+//! *server* and that server dies or is cut off, autopilot removes it from the cluster some seconds later, and Consul
+//! ends the sessions of a removed node. A client agent beside the application, as Consul recommends, does not have this
+//! limit.
+//!
+//! What others see of a lease: one instance of the service `quorate-session`, without a port. That of a dead owner is
+//! critical, has no part in the health of other services, and is removed by the agent after one to two minutes.
 //!
 //! # Layout
-//! Keys are stored as `<namespace>/<directory>/<name>`, in the waist's encoding; what Consul refuses in a URL is
-//! escaped further (see the source of `path`). A key on a lease is locked by its session. Flags are random: Consul does
-//! not count a write that changes nothing, and the flags make every put a change.
+//! Keys are stored as `<namespace>/<directory>/<name>`, in the waist's encoding; a character that Consul may refuse in
+//! a URL is stored as `%u` and four hex digits. A key on a lease is locked by its session. Flags are random: Consul
+//! does not count a write that changes nothing, and the flags make every put a change.
 //!
-//! A ticket is the key `<line>/<session>-<nonce>`, with `-r` or `-w` for readers and writers, locked by its session; its
-//! `CreateIndex` is its token and its place. Every other key below the line counts as a ticket too.
+//! A ticket is the key `<line>/<session>-<client>.<slot>-<nonce>`, with `-r` or `-w` for readers and writers, locked by
+//! its session; its `CreateIndex` is its token and its place. Every other key below the line counts as a ticket too.
+//! Slots bound what deleted tickets leave behind: Consul remembers deleted keys for a quarter of an hour, and every
+//! listing of a prefix walks over them.
 //!
 //! # Why not the layout of `consul lock`
-//! `consul lock` and the Go package let all contenders fight for one key: every release wakes all of them (56 requests
-//! per grant with 32 contenders), some never get it, and after a crash the lock-delay and 2 × TTL pass (34 s for a TTL of 10 s).
-//! One cannot stand in that fight and in a fair line at once, so quorate chose the line. What remains:
+//! `consul lock` and Go's `api.Lock` let all contenders fight for one key: every release wakes all of them, some never
+//! get it, and after a crash the lock-delay comes on top of 2 × TTL. Measured with 32 contenders: 56 requests per grant
+//! for a bare acquire in a loop, 9 grants a second for `api.Lock`, which took 34 s to take over after a crash with a
+//! TTL of 10 s. One cannot stand in that fight and in a fair line at once, so quorate chose the line. What remains:
 //! pointed at the same prefix, quorate waits for a `consul lock` that came first; `consul lock` does not see quorate.
 //!
 //! # Measured
-//! See `examples/pair.rs`; Consul 1.8.7, one server on loopback, two cores.
+//! Consul 1.8.7, one server on loopback, two cores busy with other work, so roughly: a free lock's acquire and release
+//! took 0.98 times as long as a raw acquire and release over the same HTTP stack (middle half 0.77 to 1.47; `cargo
+//! xtask bench`), and 0.4 to 0.5 ms longer than its own two requests written by hand (`examples/pair.rs`). After `kill
+//! -9`, with renewals at a quarter of the TTL, what the owner held was gone after 0.9 s, 1.8 s and 3.7 s for TTLs of 1
+//! s, 2 s and 4 s; with a plain session of 2 s after 3.8 s. After the leader of three servers was killed, the first
+//! write went through after 3.0 to 3.6 s.
 
 mod api;
 mod config;

@@ -4,14 +4,14 @@
 //! ticket is never taken out by a request that was meant for another one.
 //!
 //! Consul remembers a deleted key for 15 to 30 minutes, and listing a prefix walks over all deleted keys below it, on
-//! each server, within the Raft log's single thread for a transaction. A lock that is taken 50 times a second under names
-//! that are never used twice would have 45,000 of them, which cost 7 ms per join when measured. A deletion of a *prefix*
-//! leaves one tombstone with that prefix as its name, and the next one replaces it. So a ticket is
-//! named `<session>-<client>.<slot>-<nonce>`, where no other ticket of this client has the same slot in the same
-//! line, and is taken out by deleting everything that begins with `<session>-<client>.<slot>-`.
+//! each server, within the Raft log's single thread for a transaction. A lock that is taken 50 times a second under
+//! names that are never used twice would have 45,000 of them, which cost 7 ms per join when measured. A deletion of a
+//! *prefix* leaves one tombstone with that prefix as its name, and the next one replaces it. So a ticket is named
+//! `<session>-<client>.<slot>-<nonce>`, where no other ticket of this client has the same slot in the same line, and is
+//! taken out by deleting everything that begins with `<session>-<client>.<slot>-`.
 //!
-//! That is only done together with a check that this very ticket stands: a late copy of an older
-//! request must not delete the slot's next ticket.
+//! That is only done together with a check that this very ticket stands: a late copy of an older request must not
+//! delete the slot's next ticket.
 
 use std::{
     collections::HashMap,

@@ -2,10 +2,10 @@
 //!
 //! Promise: all or nothing, and every put leaves the key on exactly the lease it names.
 //!
-//! Consul's verbs are close to the waist's writes, but not the same: `set` leaves a key on the session it stands on, and
-//! `lock` refuses a key that stands on another one. So a put is first sent in the form that fits what is likely (one
-//! round trip), with a condition that makes a wrong guess fail as a whole. If it fails, the keys are read and
-//! the transaction is sent again, pinned to what was read.
+//! Consul's verbs are close to the waist's writes, but not the same: `set` leaves a key on the session it stands on,
+//! and `lock` refuses a key that stands on another one. So a put is first sent in the form that fits what is likely
+//! (one round trip), with a condition that makes a wrong guess fail as a whole. If it fails, the keys are read and the
+//! transaction is sent again, pinned to what was read.
 //!
 //! Consul does not count a write that changes nothing; the revision would stand still. Every put carries random
 //! flags, so that each one is a change.

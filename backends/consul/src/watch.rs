@@ -1,7 +1,7 @@
 //! Watches: blocking queries, told apart into changes.
 //!
-//! Promise: as `quorate_core::watch` says. A blocking query answers with the whole range, so what a reader is told is the
-//! difference to what it was told before; changes that come faster than the answers are told as one.
+//! Promise: as `quorate_core::watch` says. A blocking query answers with the whole range, so what a reader is told is
+//! the difference to what it was told before; changes that come faster than the answers are told as one.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 

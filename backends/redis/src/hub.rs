@@ -77,6 +77,8 @@ struct Feed {
     cells: Vec<Arc<Cell>>,
     live: watch::Sender<Live>,
     due: Instant,
+    // What `due` was set to when the server was last asked.
+    asked: Instant,
 }
 
 /// What the sweeper is to check now.
@@ -126,7 +128,7 @@ impl Hub {
             let mut inner = self.inner();
             let Some(feed) = inner.feeds.get_mut(dir) else { return };
             if let Some(left) = change.first_deadline() {
-                feed.due = feed.due.min(Instant::now() + left + after_watch());
+                feed.due = feed.due.min(Instant::now() + BACKSTOP.min(left.saturating_add(after_watch())));
             }
             let (cells, due) = (feed.cells.clone(), feed.due);
             self.hurry(&mut inner, due);
@@ -193,7 +195,7 @@ impl Hub {
 
     /// The ticket stands; its lease has this long to go.
     pub(crate) fn stands(&self, field: &str, left: Duration) {
-        let due = Instant::now() + backstop().min(left + AFTER + jitter(5));
+        let due = Instant::now() + backstop().min(left.saturating_add(AFTER + jitter(5)));
         let mut inner = self.inner();
         if let Some(wait) = inner.waits.get_mut(field) {
             wait.due = due;
@@ -207,7 +209,7 @@ impl Hub {
         let due = Instant::now() + backstop();
         let feed = inner.feeds.entry(dir.as_str().to_owned()).or_insert_with(|| {
             let (live, _) = watch::channel(Live::Not);
-            Feed { dir: dir.clone(), cells: Vec::new(), live, due }
+            Feed { dir: dir.clone(), cells: Vec::new(), live, due, asked: due }
         });
         feed.cells.push(cell.clone());
         let live = feed.live.subscribe();
@@ -218,7 +220,7 @@ impl Hub {
 
     /// The first lease of the namespace ends after this time at the earliest.
     pub(crate) fn deadline(&self, dir: &Dir, left: Duration) {
-        let due = Instant::now() + backstop().min(left + after_watch());
+        let due = Instant::now() + backstop().min(left.saturating_add(after_watch()));
         let mut inner = self.inner();
         if let Some(feed) = inner.feeds.get_mut(dir.as_str()) {
             feed.due = feed.due.min(due);
@@ -230,7 +232,9 @@ impl Hub {
     pub(crate) fn checked(&self, dir: &Dir, mark: u64, left: Duration) {
         let mut inner = self.inner();
         let Some(feed) = inner.feeds.get_mut(dir.as_str()) else { return };
-        feed.due = Instant::now() + backstop().min(left + after_watch());
+        let due = Instant::now() + backstop().min(left.saturating_add(after_watch()));
+        // A message that came after the server had answered may have told of an earlier end of a lease.
+        feed.due = if feed.due < feed.asked { due.min(feed.due) } else { due };
         let cells = feed.cells.clone();
         drop(inner);
         for cell in cells {
@@ -267,6 +271,7 @@ impl Hub {
         for feed in inner.feeds.values_mut().filter(|f| f.due <= soon).take(dirs) {
             due.dirs.push(feed.dir.clone());
             feed.due = retry + Duration::from_millis(1);
+            feed.asked = feed.due;
         }
         due
     }

@@ -129,6 +129,29 @@ async fn data_deleted_behind_our_back_is_noticed_without_any_message() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn records_deleted_by_hand_stop_nobody() {
+    let server = server().await;
+    let raw = Raw::of(&server).await;
+    let b = connect(server.addr()).await;
+    let dead = b.grant(Duration::from_millis(300)).await.unwrap().id;
+    join(&b, &dir("lock/a"), &dead).await;
+    let place = join(&b, &dir("lock/b"), &dead).await;
+    let writes = vec![put(&key("k"), "1", Some(&dead)), put(&key("k2"), "1", Some(&dead))];
+    b.commit(&txn(vec![], writes)).await.unwrap();
+    let field = format!("T:lock/b\n{}", place.ticket.name);
+    assert_eq!(raw.ask::<i64>(&["HDEL", "{quorate/test}:h", "K:kv\nk", &field]).await, 2);
+    soon("the lease ends", async {
+        while b.renew(&dead).await.is_ok() {
+            sleep(Duration::from_secs(1)).await;
+        }
+    })
+    .await;
+    assert!(b.read(&all()).await.unwrap().entries.is_empty());
+    assert!(b.line(&dir("lock/a")).await.unwrap().tickets.is_empty());
+    lease(&b).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cut_connections_are_made_again_and_nothing_is_missed() {
     let server = server().await;
     let proxy = FaultProxy::start(server.addr()).await.unwrap();

@@ -146,7 +146,8 @@ pub(crate) async fn raw(addr: SocketAddr, method: &str, path: &str, token: &str,
     let mut stream = TcpStream::connect(addr).await.unwrap();
     let length = body.len();
     let request = format!(
-        "{method} {path} HTTP/1.1\r\nHost: consul\r\nConnection: close\r\nX-Consul-Token: {token}\r\nContent-Length: {length}\r\n\r\n{body}"
+        "{method} {path} HTTP/1.1\r\nHost: consul\r\nConnection: close\r\nX-Consul-Token: {token}\r\n\
+         Content-Length: {length}\r\n\r\n{body}"
     );
     stream.write_all(request.as_bytes()).await.unwrap();
     let mut answer = Vec::new();

@@ -40,17 +40,17 @@ end
 function end_lease(lease)
   call('ZREM', T, 'l:' .. lease)
   call('HDEL', H, 'L:' .. lease)
+  -- What is attached is there, unless somebody deleted records by hand; that must not stop everybody else.
   local attached = call('ZRANGEBYLEX', Z, '[a:' .. lease .. '\n', '(a:' .. lease .. '\v')
   for _, member in ipairs(attached) do
     local field = string.sub(member, #lease + 5)
     if string.sub(member, #lease + 4, #lease + 4) == 'k' then
       local meta = call('HGET', H, 'K:' .. field)
-      if meta then drop_key(field, meta) end
+      if meta then drop_key(field, meta) else call('ZREM', Z, member) end
     else
       local ticket = call('HMGET', H, 'T:' .. field, 'W:' .. field)
-      if ticket[1] then drop_ticket(field, ticket[1], ticket[2]) end
+      if ticket[1] then drop_ticket(field, ticket[1], ticket[2]) else call('ZREM', Z, member) end
     end
-    call('ZREM', Z, member)
   end
 end
 
