@@ -30,7 +30,7 @@ use crate::{
 /// A call that its caller gives up after this time casts doubt on the connection, if nothing else was answered over it
 /// meanwhile. Below the shortest limit in use, a third of the smallest TTL, so that the next renewal does not
 /// wait on the same dead connection.
-pub(crate) const SUSPICIOUS: Duration = Duration::from_millis(250);
+const SUSPICIOUS: Duration = Duration::from_millis(250);
 
 /// The endpoints of one backend, each with its connection.
 #[derive(Debug)]
@@ -159,6 +159,12 @@ impl Pool {
 
     fn millis(&self, since: Instant) -> u64 {
         u64::try_from(since.duration_since(self.started).as_millis()).unwrap_or(u64::MAX).saturating_add(1)
+    }
+
+    /// Whether a call that has waited since then has reason to doubt the connection. A server that answers others over
+    /// the same connection is slow, not silent.
+    pub(crate) fn is_silent(&self, link: &Link, since: Instant) -> bool {
+        since.elapsed() >= SUSPICIOUS && link.heard.load(Ordering::Relaxed) <= self.millis(since)
     }
 
     /// Notes that the link has given an answer.
@@ -291,11 +297,7 @@ impl Asked<'_> {
 
 impl Drop for Asked<'_> {
     fn drop(&mut self) {
-        if self.answered || self.since.elapsed() < SUSPICIOUS {
-            return;
-        }
-        // A server that answers others over the same connection is slow, not silent.
-        if self.link.heard.load(Ordering::Relaxed) <= self.pool.millis(self.since) {
+        if !self.answered && self.pool.is_silent(self.link, self.since) {
             self.pool.blame(self.link, Blame::Connection);
         }
     }

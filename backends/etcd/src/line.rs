@@ -87,8 +87,8 @@ async fn join(inner: &Inner, entry: &Enqueue, lease: i64, claim: Claim<'_>) -> R
     };
     let got = reads(&answer).next();
     if answer.succeeded() {
-        claim.stands();
         let token = answer.header().map_or(0, etcd_client::ResponseHeader::revision);
+        claim.stands(token);
         let own = Named { line: &entry.line, stored: &stored, token };
         let ahead = match got {
             Some(got) => ahead(inner, ENQUEUE, &own, &got)?.ok_or_else(|| unclear(entry))?,
@@ -108,9 +108,15 @@ async fn join(inner: &Inner, entry: &Enqueue, lease: i64, claim: Claim<'_>) -> R
         }
         // This attempt was carried out before.
         Some(token) => {
-            claim.stands();
+            claim.stands(token);
             let own = Named { line: &entry.line, stored: &stored, token };
-            look_from(inner, ENQUEUE, &own, entry.depth).await?.map(Joined::Place).ok_or_else(|| unclear(entry))
+            match look_from(inner, Call::read(ENQUEUE.verb), &own, entry.depth).await {
+                Ok(Some(place)) => Ok(Joined::Place(place)),
+                Ok(None) => Err(unclear(entry)),
+                // The look was not answered, but the ticket stands: nobody may conclude that nothing was written.
+                Err(error) if error.kind() == ErrorKind::Unavailable => Err(error.with_kind(ErrorKind::Ambiguous)),
+                Err(error) => Err(error),
+            }
         }
     }
 }
@@ -153,7 +159,7 @@ pub(crate) async fn look(inner: &Inner, ticket: &Ticket, depth: usize) -> Result
     if place.is_none()
         && let Some(key) = stored_key(&own)
     {
-        inner.keys.lost(&key);
+        inner.keys.lost(&key, own.token);
     }
     Ok(place)
 }

@@ -68,6 +68,8 @@ struct State {
 #[derive(Debug)]
 struct User {
     nonce: u128,
+    /// The revision that created its ticket, once it is known.
+    token: Option<i64>,
     /// Requests under way that may write the key.
     requests: u32,
     /// A request may have been carried out, or still be, without our knowing.
@@ -94,24 +96,26 @@ impl Keys {
         let key = StoredKey { family: attempt.family.clone(), tag };
         let user = state.users.entry(key.clone());
         let first = matches!(user, Entry::Vacant(_));
-        let user = user.or_insert(User { nonce: attempt.nonce, requests: 0, doubtful: false, left: false });
+        let user =
+            user.or_insert(User { nonce: attempt.nonce, token: None, requests: 0, doubtful: false, left: false });
         user.requests += 1;
         user.left = false;
-        Claim { keys: self, key, attempt, first, settled: false }
+        Claim { keys: self, key, attempt, first, end: End::Unknown }
     }
 
-    /// Whether leaving must delete whatever is stored under the key, and not only this one ticket.
-    pub(crate) fn in_doubt(&self, key: &StoredKey) -> bool {
-        self.state().users.get(key).is_some_and(|user| user.doubtful)
+    /// Whether leaving must delete whatever is stored under the key, and not only the ticket that is known.
+    pub(crate) fn in_doubt(&self, key: &StoredKey, token: i64) -> bool {
+        // Asked for a ticket that had the key before, the answer is no: its new user must not be harmed.
+        self.state().users.get(key).is_some_and(|user| user.doubtful && user.token == Some(token))
     }
 
     /// Notes that a ticket has left: the server has confirmed that it deleted it.
-    pub(crate) fn left(&self, key: &StoredKey) {
+    pub(crate) fn left(&self, key: &StoredKey, token: i64) {
         let mut state = self.state();
-        match state.users.get(key) {
-            None => {}
-            Some(user) if user.doubtful || user.requests > 0 => state.retire(key),
-            Some(_) => {
+        if let Some(user) = state.users.get(key).filter(|user| user.token == Some(token)) {
+            if user.doubtful || user.requests > 0 {
+                state.retire(key);
+            } else {
                 state.remove(key);
                 state.free(key);
             }
@@ -119,12 +123,14 @@ impl Keys {
     }
 
     /// Notes that a ticket is not there any more, whoever has removed it.
-    pub(crate) fn lost(&self, key: &StoredKey) {
+    pub(crate) fn lost(&self, key: &StoredKey, token: i64) {
         let mut state = self.state();
-        match state.users.get(key) {
-            None => {}
-            Some(user) if user.doubtful || user.requests > 0 => state.retire(key),
-            Some(_) => drop(state.remove(key)),
+        if let Some(user) = state.users.get(key).filter(|user| user.token == Some(token)) {
+            if user.doubtful || user.requests > 0 {
+                state.retire(key);
+            } else {
+                state.remove(key);
+            }
         }
     }
 
@@ -216,7 +222,16 @@ pub(crate) struct Claim<'a> {
     attempt: Attempt,
     /// Whether no earlier request of this attempt is known.
     first: bool,
-    settled: bool,
+    end: End,
+}
+
+/// How a request to join has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Unknown,
+    Known,
+    /// Known, and the claim has struck its user off: the key may have another one by now.
+    StruckOff,
 }
 
 impl Claim<'_> {
@@ -225,41 +240,51 @@ impl Claim<'_> {
         self.first && self.key.tag != self.attempt.nonce
     }
 
-    /// The request was answered: the ticket stands.
-    pub(crate) fn stands(mut self) {
-        self.settled = true;
+    /// The request was answered: the ticket stands, created at that revision.
+    pub(crate) fn stands(mut self, token: i64) {
+        self.end = End::Known;
+        if let Some(user) = self.keys.state().users.get_mut(&self.key) {
+            user.token = Some(token);
+        }
     }
 
     /// The request was answered or surely not carried out: it has written nothing.
     pub(crate) fn wrote_nothing(mut self) {
-        self.settled = true;
-        let mut state = self.keys.state();
+        self.end = End::Known;
         // An earlier request of this attempt may have written all the same.
-        if self.first && state.users.get(&self.key).is_some_and(|user| user.requests == 1 && !user.doubtful) {
-            state.remove(&self.key);
-            // The key is as unused as it was before; one that was never made costs nothing either.
-            if self.key.tag != self.attempt.nonce {
-                state.free(&self.key);
-            }
+        if self.first && self.strike_off(|user| !user.doubtful) && self.key.tag != self.attempt.nonce {
+            // The key is as unused as it was before. One that was never made costs nothing to forget.
+            self.keys.state().free(&self.key);
         }
     }
 
     /// Somebody else's ticket stands under the key: never use it again.
     pub(crate) fn taken(mut self) {
-        self.settled = true;
+        self.end = End::Known;
+        self.strike_off(|_| true);
+    }
+
+    /// Takes the user off the key, if no other request is under way and it fits.
+    fn strike_off(&mut self, fits: impl FnOnce(&User) -> bool) -> bool {
         let mut state = self.keys.state();
-        if state.users.get(&self.key).is_some_and(|user| user.requests == 1) {
+        let fits = state.users.get(&self.key).is_some_and(|user| user.requests == 1 && fits(user));
+        if fits {
             state.remove(&self.key);
+            self.end = End::StruckOff;
         }
+        fits
     }
 }
 
 impl Drop for Claim<'_> {
     fn drop(&mut self) {
+        if self.end == End::StruckOff {
+            return;
+        }
         let mut state = self.keys.state();
         if let Some(user) = state.users.get_mut(&self.key) {
             user.requests = user.requests.saturating_sub(1);
-            user.doubtful |= !self.settled;
+            user.doubtful |= self.end == End::Unknown;
         }
     }
 }
@@ -283,11 +308,11 @@ mod tests {
         }
     }
 
-    /// Joins and is answered.
+    /// Joins and is answered; the nonce serves as the token, too.
     fn join(keys: &Keys, nonce: u128) -> StoredKey {
         let claim = keys.claim(&entry("a", nonce), 7);
         let key = claim.key.clone();
-        claim.stands();
+        claim.stands(nonce as i64);
         key
     }
 
@@ -297,11 +322,11 @@ mod tests {
         for nonce in 1..100 {
             let key = join(&keys, nonce);
             assert_eq!(key.tag, 1);
-            keys.left(&key);
+            keys.left(&key, nonce as i64);
         }
         let (a, b) = (join(&keys, 200), join(&keys, 201));
         assert_eq!((a.tag, b.tag), (1, 201));
-        keys.left(&b);
+        keys.left(&b, 201);
         assert_eq!(join(&keys, 202).tag, 201);
         let elsewhere = keys.claim(&entry("b", 300), 7);
         assert_eq!(elsewhere.key.tag, 300, "another line has keys of its own");
@@ -311,13 +336,13 @@ mod tests {
     #[test]
     fn a_repeated_attempt_keeps_its_key() {
         let keys = Keys::default();
-        keys.left(&join(&keys, 1));
+        keys.left(&join(&keys, 1), 1);
         let first = join(&keys, 2);
         assert_eq!(first.tag, 1);
         let again = keys.claim(&entry("a", 2), 7);
         assert_eq!(again.key, first);
         assert!(!again.must_be_free());
-        again.stands();
+        again.stands(2);
         // The attempt whose key it was is made again: it must not take the other's ticket for its own.
         let claim = keys.claim(&entry("a", 1), 7);
         assert_ne!(claim.key, first);
@@ -330,13 +355,29 @@ mod tests {
         let dropped = keys.claim(&entry("a", 1), 7);
         let key = dropped.key.clone();
         drop(dropped);
-        assert!(keys.in_doubt(&key));
         assert_eq!(join(&keys, 1), key, "its repetition finds it");
-        keys.left(&key);
+        assert!(keys.in_doubt(&key, 1));
+        keys.left(&key, 1);
         assert_eq!(join(&keys, 2).tag, 2);
-        assert!(keys.in_doubt(&key), "a late create must be deleted by a late removal");
+        assert!(keys.in_doubt(&key, 1), "a late create must be deleted by a late removal");
         keys.forget(7);
-        assert!(!keys.in_doubt(&key));
+        assert!(!keys.in_doubt(&key, 1));
+    }
+
+    #[test]
+    fn what_is_said_late_about_an_old_ticket_does_not_touch_the_new_user_of_its_key() {
+        let keys = Keys::default();
+        let key = join(&keys, 1);
+        keys.left(&key, 1);
+        drop(keys.claim(&entry("a", 2), 7));
+        assert_eq!(join(&keys, 2), key);
+        assert!(!keys.in_doubt(&key, 1), "the old one may not delete the new one");
+        assert!(keys.in_doubt(&key, 2));
+        keys.lost(&key, 1);
+        keys.left(&key, 1);
+        assert!(keys.in_doubt(&key, 2));
+        assert_eq!(keys.claim(&entry("a", 2), 7).key, key, "and a repetition still finds it");
+        assert_ne!(join(&keys, 3), key);
     }
 
     #[test]
@@ -344,16 +385,16 @@ mod tests {
         let keys = Keys::default();
         let key = join(&keys, 1);
         let under_way = keys.claim(&entry("a", 1), 7);
-        keys.left(&key);
+        keys.left(&key, 1);
         assert_ne!(join(&keys, 2), key);
-        under_way.stands();
+        under_way.stands(1);
         assert_ne!(join(&keys, 3), key);
     }
 
     #[test]
     fn what_was_never_written_can_be_used_at_once_and_what_others_took_never() {
         let keys = Keys::default();
-        keys.left(&join(&keys, 1));
+        keys.left(&join(&keys, 1), 1);
         let refused = keys.claim(&entry("a", 2), 7);
         assert_eq!(refused.key.tag, 1);
         refused.wrote_nothing();
@@ -370,7 +411,7 @@ mod tests {
         for nonce in 0..1000 {
             drop(keys.claim(&entry("a", nonce), 7));
             let key = join(&keys, nonce);
-            keys.left(&key);
+            keys.left(&key, nonce as i64);
             tokio::time::advance(REMEMBERED / 10).await;
         }
         let state = keys.state();
@@ -380,8 +421,8 @@ mod tests {
         for line in 0..10 * GENERATION {
             let claim = keys.claim(&entry(&line.to_string(), 1), 7);
             let key = claim.key.clone();
-            claim.stands();
-            keys.left(&key);
+            claim.stands(1);
+            keys.left(&key, 1);
         }
         let state = keys.state();
         assert!(state.young.len() + state.old.len() <= 2 * GENERATION);

@@ -27,7 +27,7 @@ use tokio::{
 };
 
 use crate::{
-    connect::{Link, Pool, SUSPICIOUS},
+    connect::{Link, Pool},
     error::{Blame, Call, Fault},
     path::Stored,
 };
@@ -199,8 +199,8 @@ impl Watching {
 impl Drop for Watching {
     fn drop(&mut self) {
         self.stream.remove(self.id);
-        if !self.begun && self.since.elapsed() >= SUSPICIOUS {
-            self.stream.give_up(&self.pool);
+        if !self.begun {
+            self.stream.suspect(&self.pool, self.since);
         }
     }
 }
@@ -290,18 +290,21 @@ impl Shared {
         self.changed.notify_one();
     }
 
-    /// The server does not answer on this stream: end it, and leave its connection.
-    fn give_up(&self, pool: &Pool) {
-        let link = {
-            let mut state = self.state();
+    /// A watch has waited since then for its beginning, in vain: ends the stream if it seems to be dead, and leaves its
+    /// connection if that does.
+    fn suspect(&self, pool: &Pool, since: Instant) {
+        let mut state = self.state();
+        let Some(link) = state.link.clone() else { return };
+        let silent = pool.is_silent(&link, since);
+        if silent || since.elapsed() >= pool.options.request_timeout {
             state.closed = true;
             state.given_up = true;
-            state.link.take()
-        };
-        if let Some(link) = link {
+            drop(state);
+            self.changed.notify_one();
+        }
+        if silent {
             pool.blame(&link, Blame::Connection);
         }
-        self.changed.notify_one();
     }
 
     /// The next command; `Err` if the stream is to end.

@@ -74,7 +74,7 @@ impl Leave {
         let named = named(COMMIT, ticket)?;
         let key = stored_key(&named);
         let guarded = checks.iter().any(|check| matches!(check, Check::Standing { ticket: t, .. } if t == ticket));
-        let plainly = guarded || key.as_ref().is_some_and(|key| inner.keys.in_doubt(key));
+        let plainly = guarded || key.as_ref().is_some_and(|key| inner.keys.in_doubt(key, named.token));
         Ok(Self { path: inner.layout.ticket(&named), token: named.token, plainly, key })
     }
 
@@ -90,8 +90,8 @@ impl Leave {
     /// Draws the consequence for the key.
     fn done(&self, inner: &Inner, deleted: bool) {
         match &self.key {
-            Some(key) if deleted => inner.keys.left(key),
-            Some(key) => inner.keys.lost(key),
+            Some(key) if deleted => inner.keys.left(key, self.token),
+            Some(key) => inner.keys.lost(key, self.token),
             None => {}
         }
     }
@@ -220,10 +220,12 @@ async fn general(inner: &Inner, call: Call, checks: &[Check], steps: &[Step<'_>]
     let culprit = (!applied).then(|| culprit(checks, &answer));
     if applied {
         settle(inner, steps, &answer);
-    } else if let Some(Check::Standing { ticket, .. }) = culprit.and_then(|i| checks.get(i))
-        && let Some(key) = stored_key(&named(COMMIT, ticket)?)
-    {
-        inner.keys.lost(&key);
+    } else if let Some(Check::Standing { ticket, token }) = culprit.and_then(|i| checks.get(i)) {
+        let named = named(COMMIT, ticket)?;
+        // With the right token, the ticket is gone.
+        if let Some(key) = stored_key(&named).filter(|_| number(*token) == named.token) {
+            inner.keys.lost(&key, named.token);
+        }
     }
     let now = answer.header().map_or(0, etcd_client::ResponseHeader::revision);
     Ok(Commit { applied, revision: revision(now), culprit })

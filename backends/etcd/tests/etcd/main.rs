@@ -4,6 +4,7 @@
 #![allow(clippy::cloned_ref_to_slice_refs, reason = "`assert_eq!(ahead, [ticket.clone()])` reads as what it asserts")]
 
 mod access;
+mod chaos;
 mod cluster;
 mod conformance;
 mod cost;

@@ -65,6 +65,27 @@ async fn leaving_an_old_ticket_does_not_touch_the_new_one_under_its_key() {
 }
 
 #[tokio::test]
+async fn leaving_an_old_ticket_again_does_not_touch_one_in_doubt_under_its_key() {
+    let server = server().await;
+    let proxy = FaultProxy::start(server.addr()).await.unwrap();
+    let etcd = connect(proxy.addr()).await;
+    let lease = lease(&etcd).await;
+    let old = join(&etcd, "job", &lease).await;
+    leave(&etcd, &old.ticket).await;
+    let entry = entry("job", &lease);
+    proxy.cut_after_forward_of("app/lock/job", 1);
+    assert_eq!(etcd.enqueue(&entry).await.expect_err("the answer was lost").kind(), ErrorKind::Ambiguous);
+    leave(&etcd, &old.ticket).await;
+    let new = etcd.enqueue(&entry).await.unwrap().unwrap();
+    assert_eq!(stored(&old.ticket), stored(&new.ticket));
+    leave(&etcd, &old.ticket).await;
+    assert!(!etcd.commit(&release(&old)).await.unwrap().applied);
+    assert_eq!(etcd.look(&old.ticket, 1).await.unwrap(), None);
+    assert_eq!(etcd.enqueue(&entry).await.unwrap().unwrap(), new, "its place is what it was");
+    assert_eq!(etcd.line(&line("job")).await.unwrap().tickets, [new.ticket.clone()]);
+}
+
+#[tokio::test]
 async fn a_ticket_removed_by_somebody_else_does_not_give_its_key_away() {
     let server = server().await;
     let (etcd, operator) = (connect(server.addr()).await, connect(server.addr()).await);
