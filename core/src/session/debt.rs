@@ -56,20 +56,50 @@ impl fmt::Debug for Debt {
 /// Debts that wait to be paid.
 ///
 /// Each attempt to join leaves at most two, and none is begun while more than [`MOST_OWED`] are open.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Debts {
-    queue: Mutex<Vec<Debt>>,
+    /// `None` once the session is over: the end of the lease pays, and a request that nobody polls any more must
+    /// not be kept, as it may hold the lease's connection open.
+    queue: Mutex<Option<Vec<Debt>>>,
     added: Notify,
     /// Owed and not yet paid, under way or queued.
     open: AtomicUsize,
 }
 
+impl Default for Debts {
+    fn default() -> Self {
+        Self { queue: Mutex::new(Some(Vec::new())), added: Notify::new(), open: AtomicUsize::new(0) }
+    }
+}
+
 impl Debts {
     /// Never blocks, so that `Drop` can call it, also outside of a runtime.
     pub(crate) fn owe(&self, debt: Debt) {
-        self.open.fetch_add(1, Ordering::Relaxed);
-        self.queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(debt);
+        let mut queue = self.queue();
+        match queue.as_mut() {
+            Some(debts) => {
+                self.open.fetch_add(1, Ordering::Relaxed);
+                debts.push(debt);
+            }
+            None => {
+                // Dropped after the lock: a dropped request may run code of the backend.
+                drop(queue);
+                drop(debt);
+                return;
+            }
+        }
+        drop(queue);
         self.added.notify_one();
+    }
+
+    fn queue(&self) -> std::sync::MutexGuard<'_, Option<Vec<Debt>>> {
+        self.queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Takes no more, and lets go of what is queued.
+    fn close(&self) {
+        let left = self.queue().take();
+        drop(left);
     }
 
     /// Whether so much is owed that nothing more should be begun.
@@ -78,7 +108,7 @@ impl Debts {
     }
 
     fn take(&self) -> Vec<Debt> {
-        std::mem::take(&mut *self.queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+        self.queue().as_mut().map(std::mem::take).unwrap_or_default()
     }
 }
 
@@ -174,6 +204,7 @@ pub(super) async fn serve(core: Arc<SessionCore>) {
             }
         }
     }
+    core.debts.close();
     // A create that is under way may still reach the server before the revocation of the lease does; it is
     // refused after it. Either way the lease takes it along.
 }
