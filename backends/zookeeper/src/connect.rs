@@ -42,6 +42,11 @@ impl Conn {
         self.client.session_id().0
     }
 
+    /// Turns true when the session is being closed.
+    pub(crate) fn over(&self) -> watch::Receiver<bool> {
+        self.over.subscribe()
+    }
+
     pub(crate) fn close(&self) {
         self.over.send_replace(true);
     }
@@ -79,17 +84,13 @@ impl Conn {
     }
 
     /// Awaits the answers to requests that have been sent.
-    ///
-    /// Not for ever: the library fails what is under way when a connection breaks, but what it queued at that very
-    /// moment waits for the next one.
     pub(crate) async fn call<T, E: From<zk::Error>>(&self, work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
-        let mut over = self.over.subscribe();
-        tokio::select! {
-            biased;
-            outcome = work => outcome,
-            _ = over.wait_for(|over| *over) => Err(zk::Error::ConnectionLoss.into()),
-            () = sleep(self.limit) => Err(zk::Error::Timeout.into()),
-        }
+        self.answers().of(work).await
+    }
+
+    /// What awaits answers without holding the connection.
+    pub(crate) fn answers(&self) -> Answers {
+        Answers { over: self.over.subscribe(), limit: self.limit }
     }
 
     /// Turns the library's error into ours, and notes a client that can no longer answer.
@@ -109,6 +110,49 @@ impl Conn {
                 () = self.broken.notified() => return,
             }
         }
+    }
+}
+
+/// A wait for answers, no longer than the session and the request timeout.
+///
+/// Not for ever: the library fails what is under way when a connection breaks, but what it queued at that very moment
+/// waits for the next one.
+pub(crate) struct Answers {
+    over: watch::Receiver<bool>,
+    limit: Duration,
+}
+
+impl Answers {
+    pub(crate) async fn of<T, E: From<zk::Error>>(mut self, work: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+        tokio::select! {
+            biased;
+            outcome = work => outcome,
+            _ = self.over.wait_for(|over| *over) => Err(zk::Error::ConnectionLoss.into()),
+            () = sleep(self.limit) => Err(zk::Error::Timeout.into()),
+        }
+    }
+}
+
+/// Does work on a lease's connection, on a task of its own.
+///
+/// The library closes a session when nobody holds its client. Most of the library's futures hold it; a caller that keeps
+/// such a future and does not poll it would keep a lease alive that was revoked or not renewed. The task is
+/// polled in any case, and lets go when the session is to be closed. Dropping this drops the work.
+pub(crate) async fn on_own_task<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+    struct Task<T>(tokio::task::JoinHandle<T>);
+    impl<T> Drop for Task<T> {
+        fn drop(&mut self) {
+            self.0.abort();
+        }
+    }
+    let mut task = Task(tokio::spawn(work));
+    match (&mut task.0).await {
+        Ok(outcome) => outcome,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is shutting down, and the caller with it.
+            Err(_) => std::future::pending().await,
+        },
     }
 }
 

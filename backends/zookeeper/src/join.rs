@@ -23,6 +23,7 @@ use zookeeper_client as zk;
 
 use crate::{
     Inner,
+    connect::on_own_task,
     error::Call,
     layout::Layout,
     lease::{Attempt, Open},
@@ -34,7 +35,7 @@ use crate::{
 /// How many steps an attempt takes at most: the line's node may come and go meanwhile.
 const STEPS: usize = 12;
 
-pub(crate) async fn enqueue(inner: &Inner, entry: &Enqueue) -> Result<Option<Place>> {
+pub(crate) async fn enqueue(inner: &Arc<Inner>, entry: &Enqueue) -> Result<Option<Place>> {
     let call = Call::write("enqueue", &entry.line).leased(true);
     if entry.value.len() > inner.profile.max_value {
         let most = inner.profile.max_value;
@@ -42,17 +43,23 @@ pub(crate) async fn enqueue(inner: &Inner, entry: &Enqueue) -> Result<Option<Pla
         return Err(call.error(ErrorKind::InvalidInput, message));
     }
     let open = inner.leases.get(&entry.lease, &call)?;
+    let joining = join_on(inner.clone(), open, entry.clone());
+    let joined = on_own_task(joining).await;
+    // Whatever was created stood on that session; and the answer may have waited long to be polled.
+    inner.leases.get(&entry.lease, &call)?;
+    joined
+}
+
+async fn join_on(inner: Arc<Inner>, open: Arc<Open>, entry: Enqueue) -> Result<Option<Place>> {
+    let call = Call::write("enqueue", &entry.line).leased(true);
     open.conn.ready(&call).await?;
-    let joining = Joining { inner, open: &open, entry, call };
-    let joined = match open.begin(&entry.line, entry.nonce) {
-        None => joining.stand().await,
-        Some(attempt) => match joining.find(attempt).await {
-            Ok(None) => joining.stand().await,
-            found => found,
-        },
-    };
-    // Whatever was created stood on that session.
-    joined.map_err(|error| if open.conn.is_over() { call.session_lost() } else { error })
+    let turn = open.turn(&entry.line, entry.nonce);
+    let mine = turn.lock().await;
+    let joined = Joining { inner: &inner, open: &open, entry: &entry, call }.run().await;
+    drop(mine);
+    drop(turn);
+    open.tidy(&entry.line, entry.nonce);
+    joined
 }
 
 /// What to try next.
@@ -84,6 +91,17 @@ struct Joining<'a> {
 }
 
 impl Joining<'_> {
+    async fn run(&self) -> Result<Option<Place>> {
+        let found = match self.open.begin(&self.entry.line, self.entry.nonce) {
+            Some(attempt) => self.find(attempt).await?,
+            None => None,
+        };
+        match found {
+            Some(place) => Ok(Some(place)),
+            None => self.stand().await,
+        }
+    }
+
     async fn stand(&self) -> Result<Option<Place>> {
         let line = self.inner.settings.layout.dir(&self.entry.line);
         let mut step = match self.inner.tickets.is_free(&self.entry.line) {
@@ -216,6 +234,7 @@ impl Joining<'_> {
         };
         if let Attempt::Placed { ticket, token } = known {
             if children.iter().any(|name| **name == *ticket.name) {
+                self.open.placed(&self.entry.line, self.entry.nonce, ticket.clone(), token);
                 return Ok(Some(place(ticket, token, &children, self.entry.depth)));
             }
             self.inner.tickets.forget(&ticket);

@@ -15,12 +15,15 @@ use std::{
 };
 
 use quorate_core::{Dir, ErrorKind, Lease, LeaseId, Nonce, Result, Revision, Ticket};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until, timeout},
+};
 use zookeeper_client as zk;
 
 use crate::{
     Inner, connect,
-    connect::Conn,
+    connect::{Conn, on_own_task},
     error::{Call, NAME},
     join::make_nodes,
     layout::Layout,
@@ -35,7 +38,7 @@ pub(crate) struct Open {
     /// When the last confirmation arrived. The server began to count before that.
     confirmed: Mutex<Instant>,
     /// What this client has tried to put into lines, so that a repeated attempt is recognised.
-    attempts: Mutex<HashMap<(Dir, Nonce), Attempt>>,
+    attempts: Mutex<HashMap<(Dir, Nonce), Attempts>>,
 }
 
 /// How far an attempt to join a line has come.
@@ -47,26 +50,47 @@ pub(crate) enum Attempt {
     Placed { ticket: Ticket, token: Revision },
 }
 
+/// Attempts to join with one nonce.
+#[derive(Debug, Default)]
+struct Attempts {
+    known: Option<Attempt>,
+    /// Held while an attempt is made: a repeated one must not run beside one that was dropped and is about to stop, or
+    /// both would create a ticket.
+    turn: Arc<tokio::sync::Mutex<()>>,
+}
+
 impl Open {
-    /// Notes that the attempt is about to be made; returns what was known of it before.
+    /// What an attempt holds while it is made.
+    pub(crate) fn turn(&self, line: &Dir, nonce: Nonce) -> Arc<tokio::sync::Mutex<()>> {
+        lock(&self.attempts).entry((line.clone(), nonce)).or_default().turn.clone()
+    }
+
+    /// Notes that a ticket may be created from now on; returns what was known before.
     pub(crate) fn begin(&self, line: &Dir, nonce: Nonce) -> Option<Attempt> {
-        let mut attempts = lock(&self.attempts);
-        match attempts.get(&(line.clone(), nonce)) {
-            Some(known) => Some(known.clone()),
-            None => {
-                attempts.insert((line.clone(), nonce), Attempt::Unsure);
-                None
-            }
-        }
+        lock(&self.attempts).entry((line.clone(), nonce)).or_default().known.replace(Attempt::Unsure)
     }
 
     pub(crate) fn placed(&self, line: &Dir, nonce: Nonce, ticket: Ticket, token: Revision) {
-        lock(&self.attempts).insert((line.clone(), nonce), Attempt::Placed { ticket, token });
+        let placed = Attempt::Placed { ticket, token };
+        lock(&self.attempts).entry((line.clone(), nonce)).or_default().known = Some(placed);
     }
 
-    /// Forgets an attempt that surely left nothing behind.
+    /// Forgets an attempt that surely left nothing behind, or whose ticket is gone.
     pub(crate) fn forget(&self, line: &Dir, nonce: Nonce) {
-        lock(&self.attempts).remove(&(line.clone(), nonce));
+        if let Some(attempt) = lock(&self.attempts).get_mut(&(line.clone(), nonce)) {
+            attempt.known = None;
+        }
+        self.tidy(line, nonce);
+    }
+
+    /// Drops the entry of an attempt that is forgotten, unless one is being made or waits for its turn.
+    pub(crate) fn tidy(&self, line: &Dir, nonce: Nonce) {
+        let mut attempts = lock(&self.attempts);
+        let slot = (line.clone(), nonce);
+        let over = |attempt: &Attempts| attempt.known.is_none() && Arc::strong_count(&attempt.turn) == 1;
+        if attempts.get(&slot).is_some_and(over) {
+            attempts.remove(&slot);
+        }
     }
 }
 
@@ -132,8 +156,14 @@ pub(crate) async fn grant(inner: &Arc<Inner>, ttl: Duration) -> Result<Lease> {
     });
     let lease = Lease { id: open.id.clone(), ttl: open.ttl };
     lock(&inner.leases.slots).insert(open.id.clone(), Slot::Open(open.clone()));
-    let states = open.conn.client.state_watcher();
-    tokio::spawn(end_in_time(Arc::downgrade(inner), Arc::downgrade(&open), states, revoked, lease.clone()));
+    let ending = Ending {
+        inner: Arc::downgrade(inner),
+        open: Arc::downgrade(&open),
+        states: open.conn.client.state_watcher(),
+        over: open.conn.over(),
+        lease: lease.clone(),
+    };
+    tokio::spawn(ending.run(revoked));
     Ok(lease)
 }
 
@@ -160,8 +190,12 @@ async fn announce(inner: &Inner, conn: &Conn, id: &LeaseId) -> Result<zk::Onesho
 /// Confirmed by the leader, not by the server we are connected to: that one may be cut off from the others and go on
 /// answering reads for a while, when the leader has long ended the session.
 pub(crate) async fn renew(inner: &Inner, id: &LeaseId) -> Result<Duration> {
-    let call = Call::write("renew", id).leased(true);
-    let open = inner.leases.get(id, &call)?;
+    let open = inner.leases.get(id, &Call::write("renew", id))?;
+    on_own_task(async move { confirm(&open).await }).await
+}
+
+async fn confirm(open: &Open) -> Result<Duration> {
+    let call = Call::write("renew", &open.id).leased(true);
     open.conn.ready(&call).await?;
     match open.conn.call(open.conn.client.sync("/")).await {
         Ok(()) => {
@@ -212,37 +246,52 @@ async fn terminated(mut states: zk::StateWatcher) {
     }
 }
 
-/// Ends a lease that was not renewed in time or that somebody revoked, and forgets one that has ended.
-async fn end_in_time(
+/// What sees to the end of a lease. Nothing in here keeps the session open.
+struct Ending {
     inner: Weak<Inner>,
     open: Weak<Open>,
-    mut states: zk::StateWatcher,
-    revoked: zk::OneshotWatcher,
+    states: zk::StateWatcher,
+    over: watch::Receiver<bool>,
     lease: Lease,
-) {
-    let mut revoked = std::pin::pin!(revoked.changed());
-    // Nothing but calls under way holds a lease that is being closed.
-    while let Some(due) = open.upgrade().map(|open| *lock(&open.confirmed) + open.ttl) {
-        if states.peek_state().is_terminated() {
-            break;
+}
+
+impl Ending {
+    /// Ends a lease that was not renewed in time or that somebody revoked, and forgets one that has ended.
+    async fn run(mut self, revoked: zk::OneshotWatcher) {
+        self.due(revoked).await;
+        if let Some(inner) = self.inner.upgrade() {
+            inner.leases.close(&self.lease.id);
+            inner.tickets.forget_lease(&self.lease.id);
         }
-        if due <= Instant::now() {
-            tracing::warn!(backend = NAME, lease = %lease.id, "not renewed in time, ending it");
-            break;
-        }
-        tokio::select! {
-            _ = states.changed() => {}
-            _ = &mut revoked => break,
-            () = sleep_until(due) => {}
+        self.gone().await;
+        if let Some(inner) = self.inner.upgrade() {
+            lock(&inner.leases.slots).remove(&self.lease.id);
         }
     }
-    if let Some(inner) = inner.upgrade() {
-        inner.leases.close(&lease.id);
-        inner.tickets.forget_lease(&lease.id);
+
+    /// Returns when the lease is to be ended, or has been.
+    async fn due(&mut self, revoked: zk::OneshotWatcher) {
+        let mut revoked = std::pin::pin!(revoked.changed());
+        while let Some(due) = self.open.upgrade().map(|open| *lock(&open.confirmed) + open.ttl) {
+            if self.states.peek_state().is_terminated() {
+                return;
+            }
+            if due <= Instant::now() {
+                tracing::warn!(backend = NAME, lease = %self.lease.id, "not renewed in time, ending it");
+                return;
+            }
+            tokio::select! {
+                _ = self.states.changed() => {}
+                _ = self.over.wait_for(|over| *over) => return,
+                _ = &mut revoked => return,
+                () = sleep_until(due) => {}
+            }
+        }
     }
-    // Until then a repeated `revoke` waits as well. The library reports the end in any case; not relied upon.
-    let _ = timeout(lease.ttl * 2, terminated(states)).await;
-    if let Some(inner) = inner.upgrade() {
-        lock(&inner.leases.slots).remove(&lease.id);
+
+    /// Returns when the session has ended: until then a repeated `revoke` waits as well. The library reports the end in
+    /// any case; that is not relied upon.
+    async fn gone(&self) {
+        let _ = timeout(self.lease.ttl * 2, terminated(self.states.clone())).await;
     }
 }

@@ -6,7 +6,7 @@
 use quorate_core::{Dir, Front, Line, Place, Result, Revision, Ticket, TicketKind};
 use zookeeper_client as zk;
 
-use crate::{Inner, error::Call, revision, ticket};
+use crate::{Inner, connect::on_own_task, error::Call, revision, ticket};
 
 /// What quorate writes on the node of a line that it made, so that its clients know it by the length: see
 /// [`join`](crate::join).
@@ -39,9 +39,11 @@ pub(crate) async fn look(inner: &Inner, ticket: &Ticket, depth: usize) -> Result
     // While its lease's own connection is down, any other tells as well, with a `sync` ahead.
     let owned = inner.tickets.get(ticket).and_then(|owned| Some((owned.conn()?, owned.token)));
     let owned = owned.filter(|(conn, _)| conn.is_connected());
-    let (conn, children, token) = if let Some((conn, token)) = owned {
-        let listed = conn.call(conn.client.get_children(&line)).await;
-        (conn, listed, Some(token))
+    let (children, token) = if let Some((conn, token)) = owned {
+        let (answers, listed) = (conn.answers(), conn.client.get_children(&line));
+        // The wait must not keep the session open: see `on_own_task`. This future of the library's does not.
+        drop(conn);
+        (answers.of(listed).await, Some(token))
     } else {
         let conn = inner.base.conn(&call).await?;
         let synced = conn.client.sync("/");
@@ -52,7 +54,7 @@ pub(crate) async fn look(inner: &Inner, ticket: &Ticket, depth: usize) -> Result
             Ok::<_, zk::Error>((stat.await?, listed.await))
         };
         match conn.call(work).await {
-            Ok((stat, listed)) => (conn.clone(), listed, stat.map(|stat| revision(stat.czxid))),
+            Ok((stat, listed)) => (listed, stat.map(|stat| revision(stat.czxid))),
             Err(error) => return Err(conn.failed(&call, error)),
         }
     };
@@ -62,7 +64,7 @@ pub(crate) async fn look(inner: &Inner, ticket: &Ticket, depth: usize) -> Result
             children
         }
         Err(zk::Error::NoNode) => Vec::new(),
-        Err(error) => return Err(conn.failed(&call, error)),
+        Err(error) => return Err(call.failed(error)),
     };
     match token {
         Some(token) if children.iter().any(|name| **name == *ticket.name) => {
@@ -114,14 +116,12 @@ pub(crate) async fn gone(inner: &Inner, ticket: &Ticket) -> Result<()> {
         Some(conn) if conn.is_connected() => conn,
         _ => inner.base.conn(&call).await?,
     };
-    let watched = conn.call(conn.client.get_and_watch_data(&path)).await;
-    let watcher = match watched {
+    let watched = on_own_task(async move { conn.call(conn.client.get_and_watch_data(&path)).await });
+    let watcher = match watched.await {
         Ok((_, _, watcher)) => watcher,
         Err(zk::Error::NoNode) => return Ok(()),
-        Err(error) => return Err(conn.failed(&call, error)),
+        Err(error) => return Err(call.failed(error)),
     };
-    // The wait must not keep the session open: it may be the one that is closed.
-    drop(conn);
     // Survives reconnects: the library hands the watch to the next server, which tells what was missed. Ends with
     // the session at the latest; dropped, the library takes the watch back.
     watcher.changed().await;

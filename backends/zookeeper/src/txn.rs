@@ -19,7 +19,7 @@ use zookeeper_client as zk;
 
 use crate::{
     Inner,
-    connect::Conn,
+    connect::{Conn, on_own_task},
     error::Call,
     join::make_nodes,
     layout::Layout,
@@ -60,52 +60,22 @@ pub(crate) fn key_mode(leased: bool) -> zk::CreateMode {
     if leased { zk::CreateMode::Ephemeral } else { zk::CreateMode::Persistent }
 }
 
-pub(crate) async fn commit(inner: &Inner, txn: &Txn) -> Result<Commit> {
+/// What is put on a lease goes over the lease's connection, which alone can do it; all else over the shared one.
+pub(crate) async fn commit(inner: &Arc<Inner>, txn: &Txn) -> Result<Commit> {
     let call = Call::write("commit", txn);
-    let lease = validate(inner, txn, &call)?;
-    let conn = match lease {
-        Some(lease) => {
-            let conn = inner.leases.get(lease, &call)?.conn.clone();
-            conn.ready(&call.leased(true)).await?;
-            conn
-        }
-        None => unleased(inner, txn, &call).await?,
+    let Some(lease) = validate(inner, txn, &call)? else {
+        let conn = inner.base.conn(&call).await?;
+        return Work { inner, txn, call, session: 0, conn }.run().await;
     };
-    let call = call.leased(lease.is_some());
-    let work = Work { inner, txn, call, session: conn.session(), conn };
-    match (txn.checks.as_slice(), txn.writes.as_slice()) {
-        ([], []) => Ok(applied(Revision(0))),
-        ([], [Write::Leave(ticket)]) => work.leave(ticket, None).await,
-        ([Check::Standing { ticket: stands, token }], [Write::Leave(ticket)]) if stands == ticket => {
-            work.leave(ticket, Some(*token)).await
-        }
-        ([], [Write::Delete(key)]) => work.delete(key).await,
-        (checks, [Write::Put { key, value, lease }]) if checks.len() <= 1 => {
-            work.put(checks.first(), key, value, lease.is_some()).await
-        }
-        ([Check::Unchanged { key: same, modified }], [Write::Delete(key)]) if same == key => {
-            match work.swap(key, *modified, None, false).await? {
-                Outcome::Done(commit) => Ok(commit),
-                Outcome::Overtaken => plan::run(&work).await,
-            }
-        }
-        _ => plan::run(&work).await,
-    }
-}
-
-/// The connection for a transaction that puts nothing on a lease: of the lease whose ticket it is about, so that looks
-/// see the ticket, or else the shared one.
-async fn unleased(inner: &Inner, txn: &Txn, call: &Call<'_>) -> Result<Arc<Conn>> {
-    let left = txn.writes.iter().filter_map(|write| if let Write::Leave(ticket) = write { Some(ticket) } else { None });
-    let stood = txn.checks.iter().filter_map(|check| match check {
-        Check::Standing { ticket, .. } => Some(ticket),
-        _ => None,
-    });
-    let own = left.chain(stood).find_map(|ticket| inner.tickets.get(ticket)?.conn());
-    match own {
-        Some(conn) if conn.is_connected() => Ok(conn),
-        _ => inner.base.conn(call).await,
-    }
+    let open = inner.leases.get(lease, &call)?;
+    let (inner, txn) = (inner.clone(), txn.clone());
+    on_own_task(async move {
+        let call = Call::write("commit", &txn).leased(true);
+        let conn = open.conn.clone();
+        conn.ready(&call).await?;
+        Work { inner: &inner, txn: &txn, call, session: conn.session(), conn }.run().await
+    })
+    .await
 }
 
 /// Refuses what can never work; returns the lease that keys are put on.
@@ -148,6 +118,27 @@ fn validate<'a>(inner: &Inner, txn: &'a Txn, call: &Call<'_>) -> Result<Option<&
 }
 
 impl Work<'_> {
+    async fn run(&self) -> Result<Commit> {
+        match (self.txn.checks.as_slice(), self.txn.writes.as_slice()) {
+            ([], []) => Ok(applied(Revision(0))),
+            ([], [Write::Leave(ticket)]) => self.leave(ticket, None).await,
+            ([Check::Standing { ticket: stands, token }], [Write::Leave(ticket)]) if stands == ticket => {
+                self.leave(ticket, Some(*token)).await
+            }
+            ([], [Write::Delete(key)]) => self.delete(key).await,
+            (checks, [Write::Put { key, value, lease }]) if checks.len() <= 1 => {
+                self.put(checks.first(), key, value, lease.is_some()).await
+            }
+            ([Check::Unchanged { key: same, modified }], [Write::Delete(key)]) if same == key => {
+                match self.swap(key, *modified, None, false).await? {
+                    Outcome::Done(commit) => Ok(commit),
+                    Outcome::Overtaken => plan::run(self).await,
+                }
+            }
+            _ => plan::run(self).await,
+        }
+    }
+
     pub(crate) fn layout(&self) -> &Layout {
         &self.inner.settings.layout
     }

@@ -107,3 +107,33 @@ async fn a_lease_of_another_client_can_be_revoked_and_not_used() {
     assert_eq!(a.renew(&lease.id).await.unwrap_err().kind(), ErrorKind::SessionLost);
     b.revoke(&lease.id).await.unwrap();
 }
+
+/// The library closes a session when nobody holds its client; a future that nobody polls holds it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_that_is_kept_and_not_polled_does_not_keep_its_lease() {
+    let server = server().await;
+    let (a, b) = (client(&server).await, client(&server).await);
+    let there = keep(&b, TTL).await;
+    // The line is there, so that joining it takes one request.
+    join(&b, &line("a"), &there.id).await;
+    let (revoked, expired) = (a.grant(TTL).await.unwrap(), a.grant(TTL).await.unwrap());
+    let expires = tokio::time::Instant::now() + TTL;
+    let mut kept = Vec::new();
+    for lease in [&revoked, &expired] {
+        let (backend, entry) = (a.clone(), entry(&line("a"), &lease.id));
+        let mut call = Box::pin(async move { backend.enqueue(&entry).await });
+        // Polled until its requests have been sent, and no further.
+        assert!(futures_util::poll!(&mut call).is_pending());
+        kept.push(call);
+    }
+    let tickets = async || b.line(&line("a")).await.unwrap().tickets.len();
+    until("both joined", TTL, async || tickets().await == 3).await;
+    a.revoke(&revoked.id).await.unwrap();
+    assert_eq!(tickets().await, 2, "gone when the answer came");
+    assert!(tokio::time::Instant::now() < expires, "the machine is too slow for this test");
+    until("not renewed", 3 * TTL, async || tickets().await == 1).await;
+    assert!(tokio::time::Instant::now() >= expires);
+    for call in kept {
+        assert_eq!(call.await.unwrap_err().kind(), ErrorKind::SessionLost);
+    }
+}
