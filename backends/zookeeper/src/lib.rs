@@ -65,9 +65,9 @@
 //! Nagle's algorithm on, so the rest may wait until the first is acknowledged, at the latest by its answer.
 //!
 //! Measured on one server on a busy two-core machine, medians of three runs, beside the bare client library in the same
-//! run (`examples/cost.rs`): joining an empty line and leaving it 1.10 times a raw create and delete; release 1.04, put
-//! 1.01, compare-and-swap after a read 1.10, fenced put 1.06 times the raw write; a read 2.1 times a raw get, which does
-//! not ask the leader first. Hand-over from release to grant 1.1–1.6 ms in a line of 2, 1.9–2.2 ms in a line of 1,000.
+//! run (`examples/cost.rs`): joining an empty line and leaving it 1.13 times a raw create and delete; release 1.05, put
+//! 1.01, compare-and-swap after a read 1.08, fenced put 1.04 times the raw write; a read 1.9 times a raw get, which does
+//! not ask the leader first. Hand-over from release to grant 1.3–1.7 ms in a line of 2, 1.8–2.4 ms in a line of 1,000.
 
 mod config;
 mod connect;
