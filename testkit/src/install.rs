@@ -62,7 +62,11 @@ const NETTY: Missing = program("/usr/share/java/netty-codec.jar", &["libnetty-ja
 const PROTOC: Missing = program("protoc", &["protobuf-compiler"]);
 const PROTOS: Missing = program("/usr/include/google/protobuf/timestamp.proto", &["libprotobuf-dev"]);
 
-const ALL: [Missing; 11] = [ETCD, ETCDCTL, REDIS, SENTINEL, CONSUL, JAVA, ZOOKEEPER, LOGGER, NETTY, PROTOC, PROTOS];
+const CURATOR: Missing = program("/usr/share/java/curator-recipes.jar", &["libcurator-recipes-java"]);
+const JAVAC: Missing = program("javac", &["default-jdk-headless"]);
+
+const ALL: [Missing; 13] =
+    [ETCD, ETCDCTL, REDIS, SENTINEL, CONSUL, JAVA, ZOOKEEPER, LOGGER, NETTY, PROTOC, PROTOS, CURATOR, JAVAC];
 
 /// What the servers and the build need and this machine lacks. Empty means that all tests can run.
 pub fn missing() -> Vec<Missing> {
