@@ -10,6 +10,7 @@
 //! watches.
 
 mod json;
+mod stm;
 mod txn;
 mod watch;
 
@@ -18,6 +19,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 
 pub use json::JsonKv;
+pub use stm::Transaction;
 pub use txn::{KvTxn, TxnOutcome};
 pub use watch::{KvEvent, KvWatch};
 

@@ -193,10 +193,11 @@ impl<W: Wrap> Backend for Layered<W> {
     }
 }
 
-/// A transaction may be made twice if doing it twice is the same as once: ticket names are never used
-/// again, so leaving is; a put or a delete could undo what somebody else wrote in between.
+/// A transaction may be made twice if doing it twice is the same as once: one that writes nothing is, and as ticket
+/// names are never used again, so is leaving; a put or a delete could undo what somebody else wrote in between.
 fn repeatable(txn: &Txn) -> bool {
-    txn.checks.is_empty() && txn.writes.iter().all(|write| matches!(write, Write::Leave(_)))
+    let leaves_only = txn.writes.iter().all(|write| matches!(write, Write::Leave(_)));
+    txn.writes.is_empty() || (txn.checks.is_empty() && leaves_only)
 }
 
 /// Puts layers around a backend, innermost first.

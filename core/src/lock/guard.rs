@@ -89,16 +89,7 @@ impl LockGuard {
     /// # Cancel safety
     /// Dropping it drops `work`; the lock stays held.
     pub async fn protect<F: Future>(&self, work: F) -> Result<F::Output> {
-        let mut lost = pin!(self.lost());
-        let mut work = pin!(work);
-        poll_fn(|cx| {
-            // The clock first: after a pause of the process the signal may lag behind.
-            if !self.is_held() || lost.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Err(self.check().err().unwrap_or_else(|| self.removed("protect"))));
-            }
-            work.as_mut().poll(cx).map(Ok)
-        })
-        .await
+        run_while(|| self.check(), self.lost(), work).await
     }
 
     /// What a transaction needs to be refused once this hold has ended, whatever this process believes.
@@ -172,6 +163,26 @@ impl fmt::Debug for LockGuard {
             .field("token", &self.hold.token)
             .finish_non_exhaustive()
     }
+}
+
+/// Runs `work` until it ends, or until `check` fails or `lost` returns; `lost` may come before `check` knows why.
+pub(super) async fn run_while<F: Future>(
+    check: impl Fn() -> Result<()>,
+    lost: impl Future<Output = ()>,
+    work: F,
+) -> Result<F::Output> {
+    let mut lost = pin!(lost);
+    let mut work = pin!(work);
+    poll_fn(|cx| {
+        // The clock first: after a pause of the process the signal may lag behind.
+        check()?;
+        if lost.as_mut().poll(cx).is_ready() {
+            let unexplained = || Error::new(ErrorKind::SessionLost, "protect", "the lock was lost");
+            return Poll::Ready(Err(check().err().unwrap_or_else(unexplained)));
+        }
+        work.as_mut().poll(cx).map(Ok)
+    })
+    .await
 }
 
 /// A removal under way; dropped before it is confirmed, it becomes a debt.

@@ -3,10 +3,12 @@
 //! Promise: all are held or none is. They are always taken in the same order, whoever asks and however the names
 //! were given, so two multi-locks cannot wait for each other. A name given twice counts once.
 
-use std::time::Duration;
+use std::{future::Future, time::Duration};
 
-use super::{FencingToken, Lock, LockGuard};
-use crate::error::Result;
+use futures_util::future::select_all;
+
+use super::{Fence, FencingToken, Lock, LockGuard, guard::run_while};
+use crate::{error::Result, session::Session};
 
 /// Several locks that are taken and given back together. Made by
 /// [`Coordinator::lock_all`](crate::Coordinator::lock_all).
@@ -19,6 +21,12 @@ pub struct MultiLock {
 impl MultiLock {
     pub(crate) fn new(locks: Vec<Lock>) -> Self {
         Self { locks }
+    }
+
+    /// The same locks, taken on this session instead of the coordinator's own.
+    #[must_use]
+    pub fn on(self, session: &Session) -> Self {
+        Self { locks: self.locks.into_iter().map(|lock| lock.on(session)).collect() }
     }
 
     /// Before anything is taken: all names are good, and there is at least one.
@@ -113,6 +121,31 @@ impl MultiGuard {
     /// The tokens, in the order of the locks' names.
     pub fn tokens(&self) -> Vec<FencingToken> {
         self.guards.iter().map(LockGuard::token).collect()
+    }
+
+    /// What a transaction needs to be refused once any of these holds has ended, in the order of the locks' names.
+    pub fn fences(&self) -> Vec<Fence> {
+        self.guards.iter().map(LockGuard::fence).collect()
+    }
+
+    /// Returns when the first of them is lost.
+    ///
+    /// # Cancel safety
+    /// Safe: it only waits.
+    pub async fn lost(&self) {
+        // Never empty: a multi-lock without a name is refused.
+        select_all(self.guards.iter().map(|guard| Box::pin(guard.lost()))).await;
+    }
+
+    /// Runs `work` for as long as all are held; when one is lost, `work` is dropped at its current await.
+    ///
+    /// # Errors
+    /// `SessionLost` if one of them was lost while `work` was waiting.
+    ///
+    /// # Cancel safety
+    /// Dropping it drops `work`; the locks stay held.
+    pub async fn protect<F: Future>(&self, work: F) -> Result<F::Output> {
+        run_while(|| self.check(), self.lost(), work).await
     }
 
     /// The guards, in the order of the locks' names.

@@ -28,6 +28,7 @@
 
 #![allow(clippy::cloned_ref_to_slice_refs, reason = "`assert_eq!(line, [ticket.clone()])` reads as what it asserts")]
 
+mod history;
 mod keys;
 mod kv;
 mod lease;

@@ -73,6 +73,41 @@ pub(crate) enum Flaw {
 
 use Flaw::*;
 
+/// Flaws of a backend that the cases about the recipes must notice, each by itself.
+pub(crate) const PLANTED_UNDER_RECIPES: &[(Flaw, &[&str])] = &[
+    (NobodyIsEverAhead, &["a_hundred_tasks_never_meet_inside_and_tokens_rise", "grants_follow_arrival"]),
+    (LastComeFirstServed, &["grants_follow_arrival"]),
+    (TokensFall, &["a_hundred_tasks_never_meet_inside_and_tokens_rise"]),
+    (LeavingTakesTheFront, &["a_cancelled_waiter_leaves_the_order_of_the_rest_intact"]),
+    (TryLeavesItsTicket, &["of_concurrent_tries_exactly_one_wins_and_no_ticket_stays"]),
+    (LinesFoldCase, &["hostile_lock_names_never_collide"]),
+    (FrontsHaveNoValue, &["status_names_holder_token_and_waiters"]),
+    (NonceIsIgnored, &["locks_exclude_and_leave_nothing_under_chaos"]),
+    (LeasesNeverEnd, &["a_dead_holder_is_followed_after_its_ttl_and_not_before"]),
+    (LeasesEndEarly, &["a_dead_holder_is_followed_after_its_ttl_and_not_before"]),
+    (RenewalDoesNothing, &["a_renewed_lock_is_held_for_many_ttls"]),
+    (DeadLeasesAreRenewed, &["a_revoked_lease_is_noticed_by_its_session"]),
+    (RevokeDoesNothing, &["closing_ends_everything_on_the_session_at_once", "dropping_the_last_handle_closes"]),
+    (
+        StandingIsNotChecked,
+        &["a_fenced_write_of_a_former_holder_is_refused", "the_writes_of_an_ended_hold_are_refused"],
+    ),
+    (
+        ChecksAreIgnored,
+        &[
+            "increments_by_swap_lose_nothing",
+            "transfers_between_accounts_conserve_the_sum",
+            "histories_of_keys_are_linearizable_in_calm",
+            "histories_of_keys_are_linearizable_under_chaos",
+        ],
+    ),
+    (AnyRevisionWillDo, &["increments_by_swap_lose_nothing", "histories_of_keys_are_linearizable_under_chaos"]),
+    (ReadsAreOld, &["what_is_put_is_got_listed_and_deleted", "histories_of_keys_are_linearizable_in_calm"]),
+    (CulpritIsAlwaysTheFirst, &["a_transaction_names_the_condition_that_did_not_hold"]),
+    (WatchMissesDeletions, &["an_ephemeral_key_ends_with_its_session"]),
+    (WatchStartsWithoutReset, &["a_watch_tells_names_as_they_were_written"]),
+];
+
 /// Each flaw, with cases that must notice it.
 pub(crate) const PLANTED: &[(Flaw, &[&str])] = &[
     (LastComeFirstServed, &["order_is_arrival_and_tokens_rise_with_it", "concurrent_arrivals_agree_on_one_order"]),

@@ -6,7 +6,7 @@ mod flawed;
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use quorate_conformance::{Clients, limit, run_case, waist_cases};
+use quorate_conformance::{Case, Clients, limit, recipe_cases, run_case, waist_cases};
 use quorate_core::{Backend, Result};
 use quorate_memory::Memory;
 
@@ -31,9 +31,9 @@ impl Clients for FlawedClients {
 }
 
 /// The names of the cases that fail.
-fn failures(flaw: Option<Flaw>) -> Vec<&'static str> {
+fn failures(flaw: Option<Flaw>, cases: Vec<Case>) -> Vec<&'static str> {
     let mut failed = Vec::new();
-    for case in waist_cases() {
+    for case in cases {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
         let outcome = runtime.block_on(async {
             let clients = Arc::new(FlawedClients { store: Memory::new(), flaw, shared: Arc::default() });
@@ -49,7 +49,8 @@ fn failures(flaw: Option<Flaw>) -> Vec<&'static str> {
 
 #[test]
 fn without_a_flaw_nothing_fails() {
-    assert_eq!(failures(None), Vec::<&str>::new());
+    let cases = [waist_cases(), recipe_cases()].concat();
+    assert_eq!(failures(None, cases), Vec::<&str>::new());
 }
 
 /// All flaws in one test: the hook that keeps their panics quiet belongs to the whole process.
@@ -58,11 +59,7 @@ fn every_planted_flaw_is_found_by_the_case_that_names_the_promise() {
     let cases: Vec<_> = waist_cases().iter().map(|case| case.name).collect();
     let mut missed = Vec::new();
     for (flaw, by) in flawed::PLANTED {
-        // Hundreds of expected panics need no backtrace each.
-        let hook = std::panic::take_hook();
-        std::panic::set_hook(Box::new(|_| {}));
-        let failed = failures(Some(*flaw));
-        std::panic::set_hook(hook);
+        let failed = quietly(|| failures(Some(*flaw), waist_cases()));
         println!("{flaw:?} fails {} cases: {failed:?}", failed.len());
         for case in *by {
             assert!(cases.contains(case), "there is no case {case}");
@@ -75,5 +72,23 @@ fn every_planted_flaw_is_found_by_the_case_that_names_the_promise() {
             missed.push(format!("{flaw:?} fails nearly everything: {failed:?}"));
         }
     }
+    // The recipes are slower, so only the cases that must notice are run.
+    for (flaw, by) in flawed::PLANTED_UNDER_RECIPES {
+        let named = |case: &Case| by.contains(&case.name);
+        let cases: Vec<_> = recipe_cases().into_iter().filter(named).collect();
+        assert_eq!(cases.len(), by.len(), "not all of these are cases: {by:?}");
+        let failed = quietly(|| failures(Some(*flaw), cases));
+        println!("{flaw:?} fails {failed:?}");
+        missed.extend(by.iter().filter(|case| !failed.contains(case)).map(|case| format!("{flaw:?} passes {case}")));
+    }
     assert!(missed.is_empty(), "{missed:#?}");
+}
+
+/// Hundreds of expected panics need no backtrace each.
+fn quietly<T>(run: impl FnOnce() -> T) -> T {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let value = run();
+    std::panic::set_hook(hook);
+    value
 }

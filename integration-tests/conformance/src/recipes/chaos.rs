@@ -25,7 +25,7 @@ cases!("chaos":
     counters_by_swap_count_no_applied_write_twice_under_chaos,
 );
 
-async fn troubled(clients: &Arc<dyn Clients>, seed: u64) -> Coordinator {
+pub(super) async fn troubled(clients: &Arc<dyn Clients>, seed: u64) -> Coordinator {
     let backend = Stack::new(client(clients).await)
         .with(Chaos::uniform(seed, 0.05, Duration::from_millis(5)))
         .with(Limit::default())

@@ -285,6 +285,8 @@ async fn a_hundred_tasks_never_meet_inside_and_tokens_rise(clients: Arc<dyn Clie
             // Read, add one, write: loses counts unless the lock excludes.
             let now = coord.kv().get("counter").await.expect("get").expect("exists");
             let next: usize = std::str::from_utf8(&now.value).expect("digits").parse().expect("a number");
+            // In one process nothing else would let the others in.
+            tokio::task::yield_now().await;
             coord.kv().put("counter", (next + 1).to_string()).await.expect("put");
             assert_eq!(inside.fetch_sub(1, Ordering::SeqCst), 1, "two inside");
             guard.release().await.expect("released");
@@ -322,9 +324,14 @@ async fn several_locks_are_taken_together_or_not_at_all(clients: Arc<dyn Clients
     }
     blocker.release().await.expect("released");
     let guard = all.acquire().await.expect("granted");
-    assert!(guard.is_held() && guard.tokens().len() == 3);
+    assert!(guard.is_held() && guard.tokens().len() == 3 && guard.fences().len() == 3);
+    assert_eq!(guard.protect(async { 42 }).await.expect("not lost"), 42);
     // One of them is taken away: the others are released all the same, and the loss is told.
-    b.lock("m").break_holder().await.expect("breaking works").expect("held");
+    let working = async { guard.protect(std::future::pending::<()>()).await };
+    let breaking = async { b.lock("m").break_holder().await.expect("breaking works").expect("held") };
+    let (stopped, _) = within(SOON, "the loss of one of them", futures_util::future::join(working, breaking)).await;
+    refused(stopped, ErrorKind::SessionLost, "work under a broken lock");
+    within(SOON, "the loss", guard.lost()).await;
     assert!(guard.release().await.is_err_and(|e| e.kind() == ErrorKind::SessionLost));
     for free in ["a", "m", "z"] {
         until_tickets(&b, free, 0).await;

@@ -6,11 +6,13 @@ mod cancel;
 mod chaos;
 mod counting;
 mod fairness;
+mod histories;
 mod keys;
 mod late;
 mod locks;
 mod loss;
 mod sessions;
+mod stm;
 
 use std::{sync::Arc, time::Duration};
 
@@ -29,6 +31,8 @@ pub(crate) fn cases() -> Vec<Case> {
         chaos::cases(),
         counting::cases(),
         late::cases(),
+        stm::cases(),
+        histories::cases(),
     ]
     .concat()
 }
