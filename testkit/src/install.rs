@@ -64,9 +64,14 @@ const PROTOS: Missing = program("/usr/include/google/protobuf/timestamp.proto", 
 
 const CURATOR: Missing = program("/usr/share/java/curator-recipes.jar", &["libcurator-recipes-java"]);
 const JAVAC: Missing = program("javac", &["default-jdk-headless"]);
+pub(crate) const PYTHON: Missing = program("python3", &["python3", "python3-venv"]);
+const VENV: Missing =
+    Missing { what: "ensurepip", packages: &["python3-venv"], note: "a module of python3; pip does as well" };
 
-const ALL: [Missing; 13] =
-    [ETCD, ETCDCTL, REDIS, SENTINEL, CONSUL, JAVA, ZOOKEEPER, LOGGER, NETTY, PROTOC, PROTOS, CURATOR, JAVAC];
+const ALL: [Missing; 15] = [
+    ETCD, ETCDCTL, REDIS, SENTINEL, CONSUL, JAVA, ZOOKEEPER, LOGGER, NETTY, PROTOC, PROTOS, CURATOR, JAVAC, PYTHON,
+    VENV,
+];
 
 /// What the servers and the build need and this machine lacks. Empty means that all tests can run.
 pub fn missing() -> Vec<Missing> {
@@ -79,6 +84,8 @@ fn is_present(item: &Missing) -> bool {
         "protoc" => std::env::var_os("PROTOC").is_some(),
         _ if item == &PROTOS => std::env::var_os("PROTOC_INCLUDE").is_some(),
         _ if item == &ZOOKEEPER || item == &LOGGER || item == &NETTY => std::env::var_os(ZOOKEEPER_JARS).is_some(),
+        // Debian's python3 comes without the means to install anything for it.
+        _ if item == &VENV => return python::can_install(),
         _ => false,
     };
     by_variable || find(item).is_ok()

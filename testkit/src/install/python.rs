@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{in_path, program};
+use super::{PYTHON, find};
 use crate::servers::Error;
 
 /// A Python that finds the packages asked for.
@@ -50,10 +50,7 @@ impl Python {
 ///
 /// [`Error::MissingProgram`] without `python3`; [`Error::Command`] when pip failed both ways.
 pub fn python_venv(dir: &Path, modules: &[&str]) -> Result<Python, Error> {
-    let system = in_path(Path::new("python3")).ok_or_else(|| {
-        let python = program("python3", &["python3", "python3-venv"]);
-        Error::missing("python3", &python.how())
-    })?;
+    let system = find(&PYTHON)?;
     let venv = Python { program: dir.join("venv/bin/python"), packages: None };
     let folder = Python { program: system.clone(), packages: Some(dir.join("packages")) };
     if venv.imports(modules) {
@@ -77,6 +74,12 @@ pub fn python_venv(dir: &Path, modules: &[&str]) -> Result<Python, Error> {
         }
     })?;
     Ok(folder)
+}
+
+/// Whether `python3` has what [`python_venv`] needs, one way or the other.
+pub(super) fn can_install() -> bool {
+    let code = "import importlib.util as u; raise SystemExit(not any(map(u.find_spec, ['ensurepip', 'pip'])))";
+    find(&PYTHON).is_ok_and(|python| Command::new(python).args(["-c", code]).status().is_ok_and(|s| s.success()))
 }
 
 fn run(command: &mut Command) -> Result<(), Error> {
