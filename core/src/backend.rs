@@ -20,12 +20,13 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::{
+    discovery::Registry,
     error::Result,
     key::{Dir, Key, KeyRange},
     watch::Watch,
 };
 
-/// A coordinator, seen through eleven verbs.
+/// A coordinator, seen through eleven verbs and what it says of itself.
 ///
 /// Every future may be dropped at any point; a dropped call may still be carried out by the server. No
 /// method has a default body, so a wrapper that forgets one does not compile.
@@ -84,6 +85,9 @@ pub trait Backend: fmt::Debug + Send + Sync + 'static {
     /// # Cancel safety
     /// Dropping it takes the wait back.
     async fn gone(&self, ticket: &Ticket) -> Result<()>;
+
+    /// How the records of services are kept.
+    fn registry(&self) -> Registry;
 }
 
 /// A number that only rises within a namespace: with every write, also across restart, expiry and

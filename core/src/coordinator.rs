@@ -113,7 +113,7 @@ impl Coordinator {
         attempt
     }
 
-    fn current(&self) -> Option<Session> {
+    pub(crate) fn current(&self) -> Option<Session> {
         let session = self.inner.session.lock().unwrap_or_else(PoisonError::into_inner).clone();
         session.filter(Session::is_live).filter(|_| !self.is_closed())
     }
@@ -170,7 +170,7 @@ impl Coordinator {
         }
     }
 
-    fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.inner.closed.load(std::sync::atomic::Ordering::Acquire)
     }
 

@@ -14,6 +14,7 @@ pub mod key;
 pub mod kv;
 pub mod layer;
 pub mod lock;
+pub mod presence;
 pub mod session;
 pub mod watch;
 

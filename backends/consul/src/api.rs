@@ -237,29 +237,14 @@ impl Api {
         of: &str,
         how: How,
     ) -> Result<Found<T>> {
-        let call = |query: String| Call {
-            method: Method::GET,
-            path: format!("/v1/kv/{}?{query}", url(key)),
-            body: Bytes::new(),
-            agent: None,
-        };
-        let send = async |call: Call| match how {
-            How::Consistent => self.http.call(call).await,
-            How::Bounded => self.http.block(call, Duration::ZERO).await,
-            // The server adds up to a sixteenth to the time, so that waits do not end together.
-            How::Blocking { wait, .. } => self.http.block(call, wait + wait / 16).await,
-        };
-        let query = match how {
-            How::Consistent | How::Bounded => format!("{of}consistent"),
-            How::Blocking { index, wait } => format!("{of}index={index}&wait={}ms", wait.as_millis()),
-        };
+        let path = format!("/v1/kv/{}?", url(key));
         let failed = |f: Failure| f.into_error(operation, Effect::Read).key(key);
-        let answer = send(call(query)).await.map_err(failed)?;
+        let answer = self.look(format!("{path}{of}"), how).await.map_err(failed)?;
         if answer.status == StatusCode::NOT_FOUND && !of.is_empty() && self.ruled.get() == Some(&true) {
             // To a token without the right to read a range, Consul before 1.11 shows an empty one. About a
             // single key it tells the truth.
             if !matches!(how, How::Blocking { .. }) {
-                let probe = send(call("consistent".to_owned())).await.map_err(failed)?;
+                let probe = self.look(path, how).await.map_err(failed)?;
                 if probe.status == StatusCode::FORBIDDEN {
                     return Err(refused(operation, Effect::Read, probe.status, &probe.body).key(key));
                 }
@@ -279,6 +264,46 @@ impl Api {
             .index
             .ok_or_else(|| error(ErrorKind::Backend, operation, "the answer has no X-Consul-Index").key(key))?;
         Ok(Found { items, index })
+    }
+
+    /// What an endpoint of the health or catalog API lists.
+    pub(crate) async fn list_of<T: for<'de> Deserialize<'de>>(
+        &self,
+        operation: &'static str,
+        path: String,
+        how: How,
+    ) -> Result<Found<T>> {
+        let answer = self.look(path, how).await.map_err(|f| f.into_error(operation, Effect::Read))?;
+        if answer.status != StatusCode::OK {
+            return Err(refused(operation, Effect::Read, answer.status, &answer.body));
+        }
+        if answer.filtered {
+            let message = "the access rules hide a part of what was asked for";
+            return Err(error(ErrorKind::Denied, operation, message));
+        }
+        let items = parse(operation, &answer.body)?;
+        let index = answer.index;
+        let index = index.ok_or_else(|| error(ErrorKind::Backend, operation, "the answer has no X-Consul-Index"))?;
+        Ok(Found { items, index })
+    }
+
+    /// A read; `path` ends with `?` or `&`.
+    async fn look(&self, path: String, how: How) -> Result<Answer, Failure> {
+        let call = |query: String| Call {
+            method: Method::GET,
+            path: format!("{path}{query}"),
+            body: Bytes::new(),
+            agent: None,
+        };
+        match how {
+            How::Consistent => self.http.call(call("consistent".to_owned())).await,
+            How::Bounded => self.http.block(call("consistent".to_owned()), Duration::ZERO).await,
+            // The server adds up to a sixteenth to the time, so that waits do not end together.
+            How::Blocking { index, wait } => {
+                let query = format!("index={index}&wait={}ms", wait.as_millis());
+                self.http.block(call(query), wait + wait / 16).await
+            }
+        }
     }
 
     /// Applies all operations or none.

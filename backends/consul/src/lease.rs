@@ -37,6 +37,7 @@ use crate::{
     config::SessionKind,
     error::{Effect, Failure, error, excerpt, refused, session_lost},
     http::Answer,
+    path::url,
 };
 
 /// The name of the services whose checks carry leases; their ids begin with it.
@@ -48,7 +49,7 @@ const SESSION_TTL_MIN: Duration = Duration::from_secs(10);
 /// The longest TTL of a session.
 pub(crate) const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// The least that Consul accepts.
-const REMOVE_CRITICAL_AFTER: &str = "1m";
+pub(crate) const REMOVE_CRITICAL_AFTER: &str = "1m";
 /// How many leases are remembered before those that nobody renews any more are forgotten.
 const REMEMBERED: usize = 256;
 
@@ -68,9 +69,20 @@ struct Home {
     /// The agent that has the check; every renewal goes there.
     agent: usize,
     service: Option<Arc<str>>,
+    /// Instances of services that live as long as the lease, by their ids on the agent; see `catalog`.
+    records: Vec<Arc<str>>,
     ttl: Duration,
     /// When the last renewal that was confirmed had been sent.
     confirmed: Instant,
+}
+
+impl Home {
+    /// Takes everything off the agent that stands for the lease.
+    async fn deregister(&self, api: &Api) -> Result<(), Failure> {
+        let ids = self.service.iter().chain(&self.records);
+        let removals = ids.map(|id| deregister(api, id, self.agent));
+        futures_util::future::try_join_all(removals).await.map(drop)
+    }
 }
 
 #[derive(Deserialize)]
@@ -133,7 +145,7 @@ impl Leases {
         if homes.len() >= REMEMBERED {
             homes.retain(|_, home| home.confirmed.elapsed() < home.ttl * 2);
         }
-        homes.insert(id.clone(), Home { agent, service, ttl, confirmed: sent });
+        homes.insert(id.clone(), Home { agent, service, records: Vec::new(), ttl, confirmed: sent });
         Ok(Lease { id, ttl })
     }
 
@@ -189,7 +201,7 @@ impl Leases {
         }
         let Some(home) = self.homes().get(lease).cloned() else { return self.take_over(lease).await };
         let sent = Instant::now();
-        let renewal = self.renew_session(lease, &home);
+        let renewal = async { tokio::join!(self.renew_session(lease, &home), self.pass_records(lease, &home)).0 };
         let stands = match &home.service {
             Some(service) => {
                 let (renewed, passed) = tokio::join!(renewal, self.pass(OP, service, home.agent));
@@ -219,7 +231,8 @@ impl Leases {
     async fn take_over(&self, lease: &LeaseId) -> Result<Duration> {
         const OP: &str = "renew";
         let sent = Instant::now();
-        let here = Home { agent: self.api.http.agent(), service: None, ttl: Duration::ZERO, confirmed: sent };
+        let agent = self.api.http.agent();
+        let here = Home { agent, service: None, records: Vec::new(), ttl: Duration::ZERO, confirmed: sent };
         let Some(info) = self.renew_session(lease, &here).await.map_err(|e| e.key(lease))? else {
             return Err(session_lost(OP, lease));
         };
@@ -233,7 +246,8 @@ impl Leases {
             None => here.agent,
             Some(service) => self.find_check(lease, service).await?,
         };
-        self.homes().insert(lease.clone(), Home { agent, service, ttl, confirmed: sent });
+        let home = Home { agent, service, records: Vec::new(), ttl, confirmed: sent };
+        self.homes().insert(lease.clone(), home);
         Ok(ttl)
     }
 
@@ -270,9 +284,43 @@ impl Leases {
         }
     }
 
+    /// Where a lease of this client lives, and its TTL; `None` if it has ended as far as this client knows.
+    pub(crate) fn home(&self, lease: &LeaseId) -> Option<(usize, Duration)> {
+        let homes = self.homes();
+        homes.get(lease).filter(|home| home.confirmed.elapsed() < home.ttl).map(|home| (home.agent, home.ttl))
+    }
+
+    /// Ties an instance to a lease: it is kept passing, and ends, with it. `false` if the lease has ended.
+    pub(crate) fn attach(&self, lease: &LeaseId, record: &Arc<str>) -> bool {
+        let mut homes = self.homes();
+        let Some(home) = homes.get_mut(lease) else { return false };
+        if !home.records.contains(record) {
+            home.records.push(record.clone());
+        }
+        true
+    }
+
+    pub(crate) fn detach(&self, lease: &LeaseId, record: &str) {
+        if let Some(home) = self.homes().get_mut(lease) {
+            home.records.retain(|other| &**other != record);
+        }
+    }
+
+    /// Keeps the lease's instances alive. One that the agent does not know any more is for its owner to make again.
+    async fn pass_records(&self, lease: &LeaseId, home: &Home) {
+        let passes = home.records.iter().map(async |record| match self.pass("renew", record, home.agent).await {
+            Ok(true) => {}
+            Ok(false) => self.detach(lease, record),
+            // The next renewal is in time, as for the lease itself.
+            Err(error) => tracing::debug!(%lease, %record, %error, "an instance was not renewed"),
+        });
+        futures_util::future::join_all(passes).await;
+    }
+
     /// `false` if the agent has no such check.
-    async fn pass(&self, operation: &'static str, service: &str, agent: usize) -> Result<bool> {
-        let answer = self.api.put(format!("/v1/agent/check/pass/service:{service}"), Vec::new(), Some(agent)).await;
+    pub(crate) async fn pass(&self, operation: &'static str, service: &str, agent: usize) -> Result<bool> {
+        let answer =
+            self.api.put(format!("/v1/agent/check/pass/service:{}", url(service)), Vec::new(), Some(agent)).await;
         let answer = answer.map_err(|f| f.into_error(operation, Effect::Write))?;
         let text = excerpt(&answer.body);
         let unknown = text.contains("does not have associated TTL") || text.contains("Unknown check");
@@ -292,13 +340,13 @@ impl Leases {
         // Of a lease that another client was granted, the check is left to its owner, who learns of the end with
         // the next renewal, and to the agent, which removes it after a minute.
         let home = self.homes().get(lease).cloned();
-        let service = home.as_ref().and_then(|home| home.service.clone().map(|service| (service, home.agent)));
-        let (destroyed, removed) = tokio::join!(destroy(&self.api, lease), async {
-            match &service {
-                Some((service, agent)) => deregister(&self.api, service, *agent).await.map(drop),
+        let removed = async {
+            match &home {
+                Some(home) => home.deregister(&self.api).await,
                 None => Ok(()),
             }
-        });
+        };
+        let (destroyed, removed) = tokio::join!(destroy(&self.api, lease), removed);
         let answer = destroyed.map_err(|f| f.into_error(OP, Effect::Write).key(lease))?;
         if answer.status != StatusCode::OK {
             return Err(refused(OP, Effect::Write, answer.status, &answer.body).key(lease));
@@ -313,12 +361,7 @@ impl Leases {
     fn end_in_background(&self, lease: &LeaseId, home: &Home) {
         let (api, lease, home) = (self.api.clone(), lease.clone(), home.clone());
         in_background(api.http.settings().request_timeout, async move {
-            let service = async {
-                if let Some(service) = &home.service {
-                    deregister(&api, service, home.agent).await.ok();
-                }
-            };
-            tokio::join!(destroy(&api, &lease), service).0.ok();
+            tokio::join!(destroy(&api, &lease), home.deregister(&api)).0.ok();
         });
     }
 }
@@ -414,8 +457,8 @@ async fn destroy(api: &Api, lease: &LeaseId) -> Result<Answer, Failure> {
     api.put(format!("/v1/session/destroy/{lease}"), Vec::new(), None).await
 }
 
-async fn deregister(api: &Api, service: &str, agent: usize) -> Result<Answer, Failure> {
-    api.put(format!("/v1/agent/service/deregister/{service}"), Vec::new(), Some(agent)).await
+pub(crate) async fn deregister(api: &Api, service: &str, agent: usize) -> Result<Answer, Failure> {
+    api.put(format!("/v1/agent/service/deregister/{}", url(service)), Vec::new(), Some(agent)).await
 }
 
 pub(crate) fn is_invalid_session(what: &str) -> bool {
@@ -432,7 +475,7 @@ pub(crate) fn is_session_id(text: &str) -> bool {
             .all(|(i, b)| if matches!(i, 8 | 13 | 18 | 23) { *b == b'-' } else { b.is_ascii_hexdigit() })
 }
 
-fn millis(time: Duration) -> u64 {
+pub(crate) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 

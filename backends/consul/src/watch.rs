@@ -20,6 +20,14 @@ use crate::{
 /// How long the servers hold a query. Each answer carries the whole range, so not too short.
 const WAIT: Duration = Duration::from_secs(30);
 
+/// What is watched.
+#[derive(Debug, Clone)]
+pub(crate) enum Target {
+    Range(KeyRange),
+    /// The instances of a service.
+    Service(Arc<crate::catalog::Name>),
+}
+
 /// Reads ranges.
 #[derive(Debug, Clone)]
 pub(crate) struct Reader {
@@ -42,18 +50,19 @@ impl Reader {
         Ok(Snapshot { entries, revision: Revision(index) })
     }
 
+    async fn look(&self, target: &Target, how: How) -> Result<Snapshot> {
+        match target {
+            Target::Range(range) => self.read("watch", range, how).await,
+            Target::Service(name) => name.read(&self.api, how).await,
+        }
+    }
+
     /// Starts a watch; the first `Reset` is in it when this returns.
-    pub(crate) async fn watch(&self, range: &KeyRange, mut alive: signal::Receiver<()>) -> Result<Watch> {
-        let first = self.read("watch", range, How::Consistent).await?;
+    pub(crate) async fn watch(&self, target: Target, mut alive: signal::Receiver<()>) -> Result<Watch> {
+        let first = self.look(&target, How::Consistent).await?;
         let (sender, watch) = channel(WATCH_CAPACITY);
-        let mut follower = Follower {
-            reader: self.clone(),
-            range: range.clone(),
-            sender,
-            known: HashMap::new(),
-            index: 0,
-            doubt: false,
-        };
+        let mut follower =
+            Follower { reader: self.clone(), target, sender, known: HashMap::new(), index: 0, doubt: false };
         follower.reset(first);
         tokio::spawn(async move {
             tokio::select! {
@@ -84,7 +93,7 @@ fn entry(range: &KeyRange, dir: &str, pair: Pair) -> Option<Entry> {
 /// The server's side of one watch.
 struct Follower {
     reader: Reader,
-    range: KeyRange,
+    target: Target,
     sender: WatchSender,
     /// What the reader of the watch has been told.
     known: HashMap<Key, Revision>,
@@ -100,7 +109,7 @@ impl Follower {
         let mut interrupted = false;
         loop {
             let read = tokio::select! {
-                read = self.reader.read("watch", &self.range, How::since(self.index, WAIT)) => read,
+                read = self.reader.look(&self.target, How::since(self.index, WAIT)) => read,
                 () = self.sender.closed() => return,
             };
             match read {

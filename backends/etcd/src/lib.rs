@@ -54,6 +54,7 @@ mod connect;
 mod error;
 mod lease;
 mod line;
+mod naming;
 mod path;
 mod reuse;
 mod stream;
@@ -65,7 +66,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use quorate_core::{
     Backend, Commit, Config, Dir, Enqueue, Fencing, KeyRange, Lease, LeaseId, Line, Place, Profile, Result, Snapshot,
-    Ticket, Txn, Watch,
+    Ticket, Txn, Watch, discovery::Registry,
 };
 
 use crate::error::Call;
@@ -186,5 +187,9 @@ impl Backend for Etcd {
 
     async fn gone(&self, ticket: &Ticket) -> Result<()> {
         line::gone(&self.inner, ticket).await
+    }
+
+    fn registry(&self) -> Registry {
+        Registry::Keys(&naming::GrpcNaming)
     }
 }

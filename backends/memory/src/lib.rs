@@ -58,6 +58,7 @@ use async_trait::async_trait;
 use quorate_core::{
     Backend, Commit, Config, Dir, Enqueue, Error, ErrorKind, Fencing, KeyRange, Lease, LeaseId, Line, Place, Profile,
     Result, Snapshot, Ticket, Txn, Watch,
+    discovery::{JsonRecords, Registry},
 };
 use tokio::time::sleep_until;
 
@@ -250,6 +251,10 @@ impl Backend for Memory {
             wait = self.store.lock().wait(&path, ticket);
         }
         Ok(())
+    }
+
+    fn registry(&self) -> Registry {
+        Registry::Keys(&JsonRecords)
     }
 }
 

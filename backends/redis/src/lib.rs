@@ -109,6 +109,7 @@ use async_trait::async_trait;
 use quorate_core::{
     Backend, Commit, Config, Dir, Enqueue, Fencing, KeyRange, Lease, LeaseId, Line, Place, Profile, Result, Snapshot,
     Ticket, Txn, Watch,
+    discovery::{JsonRecords, Registry},
 };
 use tokio::task::JoinHandle;
 
@@ -243,5 +244,9 @@ impl Backend for Redis {
 
     async fn gone(&self, ticket: &Ticket) -> Result<()> {
         line::gone(&self.server, ticket).await
+    }
+
+    fn registry(&self) -> Registry {
+        Registry::Keys(&JsonRecords)
     }
 }

@@ -71,6 +71,7 @@
 
 mod config;
 mod connect;
+mod discovery;
 mod error;
 mod join;
 mod layout;
@@ -90,7 +91,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use quorate_core::{
     Backend, Commit, Config, Dir, Enqueue, Fencing, KeyRange, Lease, LeaseId, Line, Place, Profile, Result, Revision,
-    Snapshot, Ticket, Txn, Watch,
+    Snapshot, Ticket, Txn, Watch, discovery::Registry,
 };
 use zookeeper_client as zk;
 
@@ -262,5 +263,9 @@ impl Backend for ZooKeeper {
 
     async fn gone(&self, ticket: &Ticket) -> Result<()> {
         line::gone(&self.inner, ticket).await
+    }
+
+    fn registry(&self) -> Registry {
+        Registry::Keys(&discovery::Curator)
     }
 }

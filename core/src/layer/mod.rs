@@ -23,7 +23,8 @@ pub use retry::Retry;
 pub use timeout::Timeout;
 
 use crate::{
-    backend::{Backend, Commit, Enqueue, Lease, LeaseId, Line, Place, Profile, Snapshot, Ticket, Txn, Write},
+    backend::{Backend, Commit, Enqueue, Entry, Lease, LeaseId, Line, Place, Profile, Snapshot, Ticket, Txn, Write},
+    discovery::{Catalog, Instance, Registry},
     error::Result,
     key::{Dir, KeyRange},
     watch::Watch,
@@ -126,14 +127,14 @@ pub trait Wrap: fmt::Debug + Send + Sync + 'static {
 pub struct Layered<W> {
     inner: Arc<dyn Backend>,
     name: &'static str,
-    wrap: W,
+    wrap: Arc<W>,
 }
 
 impl<W: Wrap> Layered<W> {
     /// Puts `wrap` around `inner`.
     pub fn new(inner: Arc<dyn Backend>, wrap: W) -> Self {
         let name = inner.profile().backend;
-        Self { inner, name, wrap }
+        Self { inner, name, wrap: Arc::new(wrap) }
     }
 
     fn op<'a>(&self, verb: Verb, subject: &'a (dyn fmt::Display + Sync)) -> Op<'a> {
@@ -190,6 +191,49 @@ impl<W: Wrap> Backend for Layered<W> {
 
     async fn gone(&self, ticket: &Ticket) -> Result<()> {
         self.wrap.call(self.op(Verb::Gone, ticket), || self.inner.gone(ticket)).await
+    }
+
+    fn registry(&self) -> Registry {
+        match self.inner.registry() {
+            Registry::Native(inner) => {
+                Registry::Native(Arc::new(LayeredCatalog { inner, name: self.name, wrap: self.wrap.clone() }))
+            }
+            keys @ Registry::Keys(_) => keys,
+        }
+    }
+}
+
+/// A catalog with a layer around it: to the layer, its calls are the verbs that they stand for.
+#[derive(Debug)]
+struct LayeredCatalog<W> {
+    inner: Arc<dyn Catalog>,
+    name: &'static str,
+    wrap: Arc<W>,
+}
+
+impl<W: Wrap> LayeredCatalog<W> {
+    // Publishing and withdrawing say what shall be, so they may be repeated.
+    fn op<'a>(&self, verb: Verb, subject: &'a (dyn fmt::Display + Sync)) -> Op<'a> {
+        Op { verb, subject, backend: self.name, repeatable: true }
+    }
+}
+
+#[async_trait]
+impl<W: Wrap> Catalog for LayeredCatalog<W> {
+    async fn publish(&self, lease: &LeaseId, instance: &Instance) -> Result<()> {
+        self.wrap.call(self.op(Verb::Commit, instance), || self.inner.publish(lease, instance)).await
+    }
+
+    async fn withdraw(&self, lease: &LeaseId, instance: &Instance) -> Result<()> {
+        self.wrap.call(self.op(Verb::Commit, instance), || self.inner.withdraw(lease, instance)).await
+    }
+
+    async fn find(&self, service: &str, id: &str) -> Result<Option<Entry>> {
+        self.wrap.call(self.op(Verb::Read, &service), || self.inner.find(service, id)).await
+    }
+
+    async fn watch(&self, service: &str) -> Result<Watch> {
+        self.wrap.call(self.op(Verb::Watch, &service), || self.inner.watch(service)).await
     }
 }
 

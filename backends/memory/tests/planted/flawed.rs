@@ -554,6 +554,9 @@ impl Backend for Flawed {
             _ => self.inner.gone(ticket).await,
         }
     }
+    fn registry(&self) -> quorate_core::discovery::Registry {
+        self.inner.registry()
+    }
 }
 
 /// Passes a watch on, through the flaw.

@@ -96,6 +96,9 @@ impl Backend for Slow {
     async fn gone(&self, ticket: &Ticket) -> Result<()> {
         self.inner.gone(ticket).await
     }
+    fn registry(&self) -> quorate_core::discovery::Registry {
+        self.inner.registry()
+    }
 }
 
 async fn a_join_that_lands_after_its_repetition_was_released_does_not_block_the_lock(clients: Arc<dyn Clients>) {

@@ -5,6 +5,7 @@
 mod cancel;
 mod chaos;
 mod counting;
+mod discovery;
 mod fairness;
 mod histories;
 mod keys;
@@ -33,6 +34,7 @@ pub(crate) fn cases() -> Vec<Case> {
         late::cases(),
         stm::cases(),
         histories::cases(),
+        discovery::cases(),
     ]
     .concat()
 }
