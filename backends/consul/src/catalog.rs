@@ -212,8 +212,8 @@ impl Catalog for Services {
         let (agent, ttl) = self.leases.home(lease).ok_or_else(|| session_lost("register", lease))?;
         let id = self.id(&instance.service, &instance.id);
         self.register(agent, ttl, &id, lease, instance).await?;
-        // A check that was never passed turns critical when the agent restarts, whatever it was registered as.
-        self.leases.pass("register", &id, agent).await?;
+        // It is passed with the next renewal. Not now: the agent writes every registration and every first pass to its
+        // disk, one after another, and renewals have to wait for that.
         if !self.leases.attach(lease, &id) {
             // The lease ended meanwhile, and did not know of it.
             deregister(&self.reader.api, &id, agent).await.map_err(|f| f.into_error("register", Effect::Write))?;

@@ -323,7 +323,7 @@ async fn a_record_that_cannot_be_read_is_left_out_and_told(clients: Arc<dyn Clie
 }
 
 async fn many_instances_are_found_completely(clients: Arc<dyn Clients>) {
-    const EACH: usize = 50;
+    const EACH: usize = 25;
     let (a, b, c) = (coord(&clients).await, coord(&clients).await, coord(&clients).await);
     let orders = follow(&c, "orders").await;
     let mut registering: Vec<_> = [a, b]
