@@ -7,6 +7,7 @@
 pub mod actor;
 pub mod outage;
 pub mod process;
+pub mod registry;
 pub mod site;
 
 use std::{fmt, sync::Arc};

@@ -21,8 +21,9 @@ use crate::{
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct DiscoverOptions {
-    /// How long an instance that is missing after an outage is kept: the time in which those that are alive register
-    /// again at a server that lost its data. Zero gives up at once what a server does not show.
+    /// For how long after an outage no instance is taken out: the time in which those that are alive register again at a
+    /// server that lost its data, or their leases. Zero gives up at once what a server does not show. Between outages an
+    /// instance that goes is gone at once.
     pub linger: Duration,
 }
 

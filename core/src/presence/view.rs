@@ -1,8 +1,8 @@
 //! Views: what a watched directory holds, kept at hand through outages.
 //!
 //! Promise: a view is never emptied by an error. While the coordinator cannot be reached the last good set stays, marked
-//! with the instant since when it may be stale; after a gap, what is missing in the new set stays a little longer,
-//! because a server that lost its data is filled again by those who are still there.
+//! with the instant since when it may be stale; for a while after a gap nothing is taken out, because a server that lost
+//! its data, or let the leases end that nobody could renew, is filled again by those who are still there.
 
 use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
@@ -61,7 +61,7 @@ impl<T> Clone for Sight<T> {
 pub(crate) async fn open<S: Source>(source: S, linger: Duration) -> Result<watch::Receiver<Arc<Sight<S::Item>>>> {
     let mut watch = source.watch().await?;
     let empty = Sight { items: BTreeMap::new(), unreadable: BTreeMap::new(), stale_since: None, revision: Revision(0) };
-    let mut keeper = Keeper { source, linger, now: empty, missing: BTreeMap::new(), gap: false };
+    let mut keeper = Keeper { source, linger, now: empty, missing: BTreeMap::new(), gap: false, grace: None };
     // Backends have the first set ready when `watch` returns; one that does not is waited for.
     while let Some(event) = watch.next().await {
         let first = matches!(event, WatchEvent::Reset(_));
@@ -79,10 +79,12 @@ struct Keeper<S: Source> {
     source: S,
     linger: Duration,
     now: Sight<S::Item>,
-    /// Items that were not in the set after a gap, and when they are given up.
+    /// Items that the coordinator does not show any more since a gap, and when they are given up.
     missing: BTreeMap<String, Instant>,
     /// Something may have been missed since the last set.
     gap: bool,
+    /// Until when nothing is taken out, after a gap.
+    grace: Option<Instant>,
 }
 
 impl<S: Source> Keeper<S> {
@@ -149,7 +151,9 @@ impl<S: Source> Keeper<S> {
                     self.put(entry);
                 }
                 if self.gap && !self.linger.is_zero() {
-                    let until = Instant::now() + self.linger;
+                    self.grace = Some(Instant::now() + self.linger);
+                }
+                if let Some(until) = self.in_grace() {
                     old.retain(|name, _| !self.now.items.contains_key(name));
                     for (name, item) in old {
                         self.missing.entry(name.clone()).or_insert(until);
@@ -168,9 +172,16 @@ impl<S: Source> Keeper<S> {
             }
             WatchEvent::Delete { key, revision } => {
                 let Some(name) = key.name() else { return };
-                self.now.items.remove(&name);
                 self.now.unreadable.remove(&name);
-                self.missing.remove(&name);
+                match self.in_grace() {
+                    Some(until) if self.now.items.contains_key(&name) => {
+                        self.missing.entry(name).or_insert(until);
+                    }
+                    _ => {
+                        self.now.items.remove(&name);
+                        self.missing.remove(&name);
+                    }
+                }
                 self.now.revision = self.now.revision.max(revision);
             }
             WatchEvent::Interrupted(error) => {
@@ -178,6 +189,10 @@ impl<S: Source> Keeper<S> {
                 self.interrupted();
             }
         }
+    }
+
+    fn in_grace(&self) -> Option<Instant> {
+        self.grace.filter(|until| Instant::now() < *until)
     }
 
     fn interrupted(&mut self) {

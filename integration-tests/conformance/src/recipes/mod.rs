@@ -7,6 +7,7 @@ mod chaos;
 mod counting;
 mod discovery;
 mod fairness;
+mod group;
 mod histories;
 mod keys;
 mod late;
@@ -35,6 +36,7 @@ pub(crate) fn cases() -> Vec<Case> {
         stm::cases(),
         histories::cases(),
         discovery::cases(),
+        group::cases(),
     ]
     .concat()
 }
