@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod access;
 #[cfg(test)]
+mod catalog;
+#[cfg(test)]
 mod cluster;
 #[cfg(test)]
 mod common;

@@ -9,6 +9,7 @@ mod cluster;
 mod conformance;
 mod cost;
 mod interop;
+mod naming;
 mod outage;
 mod restart;
 mod support;
