@@ -10,6 +10,7 @@ pub mod coordinator;
 pub mod discovery;
 pub mod endpoints;
 pub mod error;
+pub mod hash;
 pub mod key;
 pub mod kv;
 pub mod layer;
