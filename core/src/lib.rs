@@ -5,6 +5,7 @@
 //! backend or a recipe.
 
 pub mod backend;
+pub mod balance;
 pub mod config;
 pub mod coordinator;
 pub mod discovery;

@@ -9,8 +9,8 @@ use super::{Node, Partitioner, Ring};
 /// longer the walk and the more keys a change moves: with 125 % a lookup sees a few nodes. Costs are the ring's, and
 /// those of the walk.
 ///
-/// It counts, so it is for one owner: a coordinator that spreads partitions, or a queue that spreads jobs. A
-/// balancer bounds by the requests in flight instead.
+/// It counts, so it is for one owner: a coordinator that spreads partitions, or a queue that spreads jobs. A balancer
+/// has [`Strategy::BoundedHash`](crate::balance::Strategy::BoundedHash), which goes by the requests in flight.
 #[derive(Debug, Clone)]
 pub struct BoundedLoad {
     ring: Ring,

@@ -73,7 +73,7 @@ fn fill(nodes: &[Node], size: u64) -> Vec<u32> {
 }
 
 fn prime_from(at_least: u64) -> u64 {
-    let is_prime = |n: &u64| (2..).take_while(|d| d * d <= *n).all(|d| n % d != 0);
+    let is_prime = |n: &u64| (2..).take_while(|d| d * d <= *n).all(|d| !n.is_multiple_of(d));
     (at_least.max(3)..).find(is_prime).expect("there is no greatest prime")
 }
 

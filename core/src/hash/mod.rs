@@ -32,6 +32,7 @@ use std::{collections::BTreeMap, fmt};
 use xxhash_rust::xxh3::xxh3_64;
 
 pub use bounded::BoundedLoad;
+pub(crate) use bounded::bound;
 pub use jump::{Jump, jump};
 pub use maglev::Maglev;
 pub use modulo::Modulo;
