@@ -43,7 +43,8 @@ impl Chooser for LeastRequests {
 /// flight + 1), as in Finagle, linkerd and tower.
 ///
 /// The estimate is a moving average that forgets with time and jumps up at once: a latency above it replaces it, one
-/// below it pulls it down, the more the longer ago the last one was. It also falls while nothing is reported, so that an
+/// below it pulls it down, the more the longer ago the last one was (of several within a thousandth of `decay`, the
+/// first). It also falls while nothing is reported, so that an
 /// instance that was slow is tried again. Two random choices keep the longest queue near ln ln n
 /// (M. Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,7 +74,7 @@ impl Chooser for PeakEwma {
         let cost = |place: usize| {
             let state = &members[place].state;
             // Not less than a nanosecond, so that requests in flight still count when the estimate has faded.
-            state.estimate.at(now, self.decay).max(1.0) * (state.in_flight() + 1) as f32
+            state.estimate.fade(now, self.decay).max(1.0) * (state.in_flight() + 1) as f32
         };
         Some(if cost(second) < cost(first) { second } else { first })
     }
@@ -85,6 +86,10 @@ impl Chooser for PeakEwma {
 /// After 49 days without a report the time starts over; by then there is nothing left to forget.
 #[derive(Debug)]
 pub(super) struct Estimate(AtomicU64);
+
+/// The time of an estimate moves on only when so little or less is left of it. In smaller steps the clock's unit and the
+/// float's rounding would swallow the change, and the estimate would stand still.
+const NOTICEABLE: f32 = 0.999;
 
 fn pack(value: f32, tick: u32) -> u64 {
     u64::from(value.to_bits()) << 32 | u64::from(tick)
@@ -115,6 +120,20 @@ impl Estimate {
         value * left(since(now, then), decay)
     }
 
+    /// The same, and forgets what has faded, as tower does when it reads a load: a later report then counts beside what
+    /// is left of the old ones, so that an instance that has recovered is soon trusted again.
+    fn fade(&self, now: u64, decay: Duration) -> f32 {
+        let word = self.0.load(Ordering::Relaxed);
+        let (value, then) = unpack(word);
+        let left = left(since(now, then), decay);
+        if left <= NOTICEABLE {
+            // If somebody has written meanwhile, that is newer.
+            let faded = pack(value * left, tick(now));
+            let _ = self.0.compare_exchange(word, faded, Ordering::Relaxed, Ordering::Relaxed);
+        }
+        value * left
+    }
+
     /// Takes a latency in. One that `only_raises` does not pull the estimate down.
     pub(super) fn observe(&self, latency: Duration, now: u64, decay: Duration, only_raises: bool) {
         let latency = nanos(latency) as f32;
@@ -123,8 +142,7 @@ impl Estimate {
             let (value, left) = (value, left(since(now, then), decay));
             if latency > value {
                 Some(pack(latency, tick(now)))
-            } else if only_raises || left == 1.0 {
-                // Within a millisecond the first counts: the time is not moved on, or it would never pass.
+            } else if only_raises || left > NOTICEABLE {
                 None
             } else {
                 Some(pack(value * left + latency * (1.0 - left), tick(now)))
@@ -181,6 +199,19 @@ mod tests {
             estimate.observe(Duration::from_millis(1), report * SECOND / 10_000, DECAY, false);
         }
         assert_eq!(millis(&estimate, 10 * SECOND), 1.0);
+    }
+
+    #[test]
+    fn reading_often_does_not_stop_the_time() {
+        for decay in [DECAY, DECAY * 3_600, DECAY * 360_000] {
+            let estimate = Estimate::new(Duration::from_millis(10), 0);
+            let end = super::nanos(decay);
+            for step in 1..=100_000 {
+                estimate.fade(end / 100_000 * step, decay);
+            }
+            let faded = estimate.at(end, decay) / 1e6;
+            assert!((faded - 3.68).abs() < 0.02, "{decay:?}: {faded}");
+        }
     }
 
     #[test]
