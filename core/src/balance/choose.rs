@@ -23,8 +23,8 @@ use super::{
 /// | `Weighted` | O(1); O(n) in the first cycle | yes |
 /// | `LeastRequests` | O(n) | yes |
 /// | `PeakEwma` | O(1) | no |
-/// | `ConsistentHash` | O(log n) | yes |
-/// | `BoundedHash` | O(log n); O(n) where the key's own instance is busy | yes |
+/// | `ConsistentHash` | O(1), expected | yes |
+/// | `BoundedHash` | O(1), expected; O(n) where the key's own instance is busy | yes |
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Strategy {

@@ -18,13 +18,13 @@ pub(super) struct LeastRequests;
 impl Chooser for LeastRequests {
     fn choose(&self, members: &[Arc<Member>], _: Option<&[u8]>, _: u64) -> Option<usize> {
         let mut random: SmallRng = rand::make_rng();
-        let load = |member: &Member| (u128::from(member.state.in_flight()) + 1, u128::from(member.weight()));
+        let load = |member: &Member| (member.state.in_flight() + 1, u64::from(member.weight()));
         let mut best = (0, load(members.first()?));
         let mut equals = 1_u32;
         for (place, member) in members.iter().enumerate().skip(1) {
             let load = load(member);
-            // Fractions are compared by multiplication.
-            let (ours, theirs) = (load.0 * best.1.1, best.1.0 * load.1);
+            // Fractions are compared by multiplication; four thousand million requests in flight would saturate it.
+            let (ours, theirs) = (load.0.saturating_mul(best.1.1), best.1.0.saturating_mul(load.1));
             if ours < theirs {
                 (best, equals) = ((place, load), 1);
             } else if ours == theirs {

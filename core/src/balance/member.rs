@@ -18,12 +18,19 @@ use crate::discovery::Instance;
 pub(super) struct Member {
     pub(super) instance: Arc<Instance>,
     pub(super) state: Arc<State>,
+    /// Beside the instance's own, for those who look at every member at each pick.
+    weight: u32,
 }
 
 impl Member {
+    pub(super) fn new(instance: Arc<Instance>, state: Arc<State>) -> Self {
+        let weight = instance.weight.max(1);
+        Self { instance, state, weight }
+    }
+
     /// A weight of zero, which no registration accepts, counts as one.
     pub(super) fn weight(&self) -> u32 {
-        self.instance.weight.max(1)
+        self.weight
     }
 
     pub(super) fn status(&self, now: u64) -> Status {

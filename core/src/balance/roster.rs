@@ -50,7 +50,7 @@ impl Roster {
             let name = (instance.service.clone(), instance.id.clone());
             let known = self.all.get(&name).or_else(|| all.get(&name));
             let state = known.map_or_else(|| Arc::new(State::new(home)), |member| Arc::clone(&member.state));
-            all.insert(name, Arc::new(Member { instance, state }));
+            all.insert(name, Arc::new(Member::new(instance, state)));
         }
         self.passing = all.values().filter(|member| member.instance.is_passing()).cloned().collect();
         self.all = all;

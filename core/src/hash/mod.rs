@@ -7,11 +7,11 @@
 //! | scheme | a lookup costs | memory | a node more or less moves | choose it |
 //! |---|---|---|---|---|
 //! | [`Modulo`] | O(log n) | O(n) | nearly every key | for a set that never changes |
-//! | [`Ring`] | O(log points) | 160 points per unit of weight | the least | by default; it alone gives successors |
+//! | [`Ring`] | O(1), expected | 160 points per unit of weight | the least | by default; it alone gives successors |
 //! | [`Jump`] | O(ln total weight) | O(n) | the least, at the end of the list only | for numbered shards |
 //! | [`Rendezvous`] | O(n) | O(n) | the least | for up to some dozens of nodes, or weights that must hold exactly |
 //! | [`Maglev`] | O(1) | the table, 256 KiB | the least and about 1–3 % more | for many lookups and the most even shares |
-//! | [`BoundedLoad`] | O(log points) and a walk | as the ring | the least and what overflows | where no node may be overloaded |
+//! | [`BoundedLoad`] | O(1), expected, and a walk | as the ring | the least and what overflows | where no node may be overloaded |
 //!
 //! "The least" is the newcomer's share when it comes, and the leaver's when it goes; no key moves between two nodes
 //! that stay.

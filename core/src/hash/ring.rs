@@ -2,7 +2,7 @@
 
 use super::{Node, Partitioner, hash, mix, portions, sorted};
 
-/// Beyond it all nodes' points are halved until they fit: 16 MiB.
+/// Beyond it all nodes' points are halved until they fit: 20 MiB.
 const MAX_POINTS: u64 = 1 << 20;
 
 /// Nodes have points on a ring; a key belongs to the node of the next point.
@@ -11,7 +11,7 @@ const MAX_POINTS: u64 = 1 << 20;
 /// With [`POINTS`](Self::POINTS) points a node's share is within about 25 % of what its weight says (three standard
 /// deviations of 8 %); four times the points halve that. A change of one node moves the least possible, and the nodes
 /// behind the first are where its keys go when it leaves: [`lookup_n`](Self::lookup_n) gives them, for replicas. A
-/// lookup is a binary search; making a ring, or changing it, sorts all points.
+/// lookup takes a step or two, whatever the size; making a ring, or changing it, sorts all points.
 ///
 /// ```
 /// use quorate_core::hash::{Node, Partitioner as _, Ring};
@@ -27,6 +27,9 @@ pub struct Ring {
     /// The place on the ring and in `nodes`, in the order of the ring. If two nodes' points meet, the first name's is
     /// ahead on every ring that has both.
     points: Vec<(u64, u32)>,
+    /// For each part of the ring, of as many as there are points or a few more, how many points lie before it. Points
+    /// are spread evenly, so that a search that begins there takes a step or two.
+    parts: Vec<u32>,
     per_weight: u32,
 }
 
@@ -42,7 +45,8 @@ impl Ring {
     /// With this many points, at least one, for each unit of weight: more make the shares more even. Beyond 2²⁰ points
     /// in all, every node's are halved until they fit.
     pub fn with_points(nodes: impl IntoIterator<Item = impl Into<Node>>, per_weight: u32) -> Self {
-        let mut ring = Self { nodes: sorted(nodes), points: Vec::new(), per_weight: per_weight.max(1) };
+        let mut ring =
+            Self { nodes: sorted(nodes), points: Vec::new(), parts: Vec::new(), per_weight: per_weight.max(1) };
         ring.place();
         ring
     }
@@ -72,6 +76,25 @@ impl Ring {
         });
         self.points = points.collect();
         self.points.sort_unstable();
+        let parts = self.points.len().next_power_of_two().max(2);
+        let mut before = vec![0; parts + 1];
+        for (point, _) in &self.points {
+            before[part(*point, parts) + 1] += 1;
+        }
+        self.parts = before
+            .iter()
+            .scan(0, |total, count| {
+                *total += count;
+                Some(*total)
+            })
+            .take(parts)
+            .collect();
+    }
+
+    /// The place of the first point that is not before the hash; behind the last if there is none.
+    fn search(&self, hash: u64) -> usize {
+        let start = self.parts[part(hash, self.parts.len())] as usize;
+        start + self.points[start..].iter().take_while(|(point, _)| *point < hash).count()
     }
 
     /// The first `n` different nodes from the key on, or all if there are fewer: the first is that of
@@ -91,9 +114,14 @@ impl Ring {
     /// The places in `nodes` of all points from the key on, once round. A node comes as often as it has points.
     pub(crate) fn walk(&self, key: &[u8]) -> impl Iterator<Item = usize> {
         let hash = hash(key);
-        let (before, after) = self.points.split_at(self.points.partition_point(|(point, _)| *point < hash));
+        let (before, after) = self.points.split_at(self.search(hash));
         after.iter().chain(before).map(|(_, place)| *place as usize)
     }
+}
+
+/// Which part of the ring a hash lies in, of a power of two of at least two parts.
+fn part(hash: u64, parts: usize) -> usize {
+    (hash >> (64 - parts.trailing_zeros())) as usize
 }
 
 impl Partitioner for Ring {
@@ -103,5 +131,21 @@ impl Partitioner for Ring {
 
     fn lookup(&self, key: &[u8]) -> Option<&str> {
         self.walk(key).next().map(|place| self.nodes[place].name.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_search_finds_what_a_binary_search_finds() {
+        for (nodes, points) in [(0, 1), (1, 1), (2, 1), (3, 5), (10, 160)] {
+            let ring = Ring::with_points((0..nodes).map(|i| i.to_string()), points);
+            let near = ring.points.iter().flat_map(|(point, _)| [point.wrapping_sub(1), *point, point.wrapping_add(1)]);
+            for hash in near.chain([0, 1, u64::MAX / 2, u64::MAX / 2 + 1, u64::MAX - 1, u64::MAX]) {
+                assert_eq!(ring.search(hash), ring.points.partition_point(|(point, _)| *point < hash), "{hash:x}");
+            }
+        }
     }
 }
