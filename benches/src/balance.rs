@@ -109,6 +109,15 @@ fn first_cycle() -> (f64, u32) {
     (nanos(started.elapsed()) / f64::from(cycle), cycle)
 }
 
+/// What a change of the set costs whoever calls `set`.
+fn change(strategy: Strategy) -> Duration {
+    let balancer = balancer(strategy, 1_000);
+    let instances: Vec<_> = balancer.status().into_iter().skip(1).map(|status| status.instance).collect();
+    let started = Instant::now();
+    balancer.set(instances);
+    started.elapsed()
+}
+
 pub(crate) fn measure(budget: Budget) -> Outcome<Report> {
     eprintln!("memory: picks of the balancers");
     let cores = std::thread::available_parallelism().map_or(1, usize::from).min(TASKS as usize);
@@ -134,6 +143,7 @@ pub(crate) fn measure(budget: Budget) -> Outcome<Report> {
         rounds.await.map_err(|e| e.to_string())
     })?;
     let (first, cycle) = first_cycle();
+    let (plain, ring) = (Figure::Time(change(Strategy::RoundRobin)), Figure::Time(change(Strategy::ConsistentHash)));
     Ok(Report {
         title: "balancers, ns per pick and report".to_owned(),
         sides: ("one task", "8 tasks"),
@@ -141,6 +151,7 @@ pub(crate) fn measure(budget: Budget) -> Outcome<Report> {
         notes: vec![
             format!("medians of blocks of {BLOCK} picks a task; with 8 tasks, the time of {cores} cores per pick"),
             format!("weighted, 1,000 instances, in its first cycle of {cycle} picks: {first:.0} ns per pick"),
+            format!("`set` with one of 1,000 instances gone: {plain}; {ring} with a new ring"),
         ],
     })
 }

@@ -46,7 +46,7 @@ pub enum Strategy {
     /// Of two that are picked at random, the one that is likely to answer sooner: see [`PeakEwma`].
     PeakEwma(PeakEwma),
     /// The one that the key belongs to on a [`Ring`](crate::hash::Ring) of all passing instances; those that may not
-    /// be picked now are passed over, so that only their keys move, and move back. Without a key, as with a random one.
+    /// be picked now are passed over, so that only their keys move, and move back. The ring has at most 2¹⁸ points. Without a key, as with a random one.
     ConsistentHash,
     /// The same, but for instances that have too many requests in flight: their keys go to the next, as with
     /// [`BoundedLoad`](crate::hash::BoundedLoad).

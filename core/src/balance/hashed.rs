@@ -5,6 +5,10 @@ use std::sync::Arc;
 use super::{choose::Chooser, member::Member};
 use crate::hash::{Node, Partitioner as _, Ring, bound};
 
+/// A quarter of what a ring may have otherwise, so that `set` does not hold up its caller's thread for long. It keeps all
+/// points of 1,000 instances of weight 1.
+const MAX_POINTS: u64 = 1 << 18;
+
 /// The ring of all that pass, with those that may not be picked now: making one is slow, and so an ejection needs
 /// none. The same as the last, if it has the same names and weights.
 ///
@@ -15,7 +19,7 @@ pub(super) fn ring(passing: &[Arc<Member>], last: &mut Option<Arc<Ring>>) -> Arc
     match last {
         // Services and ids sort as the names do, because zero is the least of all characters.
         Some(ring) if ring.nodes() == nodes => Arc::clone(ring),
-        _ => Arc::clone(last.insert(Arc::new(Ring::new(nodes)))),
+        _ => Arc::clone(last.insert(Arc::new(Ring::limited(nodes, Ring::POINTS, MAX_POINTS)))),
     }
 }
 

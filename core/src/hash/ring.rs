@@ -31,6 +31,7 @@ pub struct Ring {
     /// are spread evenly, so that a search that begins there takes a step or two.
     parts: Vec<u32>,
     per_weight: u32,
+    max_points: u64,
 }
 
 impl Ring {
@@ -45,8 +46,13 @@ impl Ring {
     /// With this many points, at least one, for each unit of weight: more make the shares more even. Beyond 2²⁰ points
     /// in all, every node's are halved until they fit.
     pub fn with_points(nodes: impl IntoIterator<Item = impl Into<Node>>, per_weight: u32) -> Self {
-        let mut ring =
-            Self { nodes: sorted(nodes), points: Vec::new(), parts: Vec::new(), per_weight: per_weight.max(1) };
+        Self::limited(nodes, per_weight, MAX_POINTS)
+    }
+
+    /// With another limit than 2²⁰: fewer points take less time to sort.
+    pub(crate) fn limited(nodes: impl IntoIterator<Item = impl Into<Node>>, per_weight: u32, max_points: u64) -> Self {
+        let (nodes, per_weight) = (sorted(nodes), per_weight.max(1));
+        let mut ring = Self { nodes, points: Vec::new(), parts: Vec::new(), per_weight, max_points };
         ring.place();
         ring
     }
@@ -69,7 +75,7 @@ impl Ring {
     }
 
     fn place(&mut self) {
-        let portions = portions(&self.nodes, self.per_weight, MAX_POINTS);
+        let portions = portions(&self.nodes, self.per_weight, self.max_points);
         let points = (0..).zip(&self.nodes).zip(portions).flat_map(|((place, node), points)| {
             let name = hash(node.name.as_bytes());
             (0..points).map(move |point| (mix(name, point), place))
