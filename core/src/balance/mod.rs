@@ -156,8 +156,8 @@ impl Balancer {
     /// Says which instances there are now, in any order. Of several with the same service and id the last counts.
     ///
     /// A pick that begins after this has returned gives one of them; picks that are out stay valid. It takes
-    /// O(n log n) time on the caller's thread: with consistent hashing and 1,000 instances, some 10 ms if the names or
-    /// weights have changed.
+    /// O(n log n) time on the caller's thread: with 1,000 instances, half a millisecond, and some 25 with consistent
+    /// hashing if names or weights have changed.
     pub fn set(&self, instances: impl IntoIterator<Item = Arc<Instance>>) {
         let mut roster = self.inner.roster();
         roster.set(instances, &self.inner);
