@@ -23,7 +23,8 @@ fn every_strategy() -> [Strategy; 8] {
         Strategy::Random,
         Strategy::Weighted,
         Strategy::LeastRequests,
-        Strategy::peak_ewma(),
+        // Without a malus for failures: these tests make single instances fail on a clock that stands still.
+        Strategy::PeakEwma(PeakEwma { failure: Duration::ZERO, ..PeakEwma::default() }),
         Strategy::ConsistentHash,
         Strategy::BoundedHash { percent: 125 },
         Strategy::Sticky,
@@ -154,11 +155,11 @@ async fn weighted_proportions_are_exact_in_every_cycle_and_spread_out() {
     let instances = || weights.iter().map(|weight| instance(weight).weight(*weight * 1_000));
     let balancer = balancer(Strategy::Weighted, instances());
     for _ in 0..50 {
-        let mut cycle = counts(&balancer, 5);
-        // The same set in the middle of a cycle does not begin it again.
-        set(&balancer, instances());
-        for (id, count) in counts(&balancer, 11) {
-            *cycle.entry(id).or_default() += count;
+        let mut cycle = BTreeMap::new();
+        for _ in 0..16 {
+            // The same set in the middle of a cycle does not begin it again.
+            set(&balancer, instances());
+            *cycle.entry(pick(&balancer).id.clone()).or_default() += 1;
         }
         assert_eq!(cycle, weights.iter().map(|weight| (weight.to_string(), *weight as usize)).collect());
     }
@@ -242,7 +243,8 @@ async fn of_a_slow_and_a_fast_one_the_fast_one_is_preferred_until_the_slow_one_r
 async fn one_that_fails_at_once_does_not_look_fast() {
     let balancer = balancer(Strategy::peak_ewma(), [instance("broken"), instance("works")]);
     let mut broken = 0;
-    for _ in 0..1_000 {
+    // 100 seconds: it is tried again every 46, when a second has faded to 10 ms.
+    for _ in 0..10_000 {
         let pick = pick(&balancer);
         if pick.id == "broken" {
             broken += 1;
@@ -252,8 +254,7 @@ async fn one_that_fails_at_once_does_not_look_fast() {
             pick.success();
         }
     }
-    let estimates: Vec<_> = balancer.status().into_iter().filter_map(|status| status.latency).collect();
-    assert!(broken < 1_000 && estimates[0] >= Duration::from_millis(10), "{broken}, {estimates:?}");
+    assert!((1..=4).contains(&broken), "{broken}");
 }
 
 #[tokio::test]

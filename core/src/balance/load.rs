@@ -54,11 +54,14 @@ pub struct PeakEwma {
     /// The estimate of an instance before its first report. 30 milliseconds by default; a greater one lets newcomers in
     /// more gently.
     pub initial: Duration,
+    /// A failure counts as a latency of at least this, so that an instance that fails at once does not look fast and
+    /// draw all requests to itself. A second by default.
+    pub failure: Duration,
 }
 
 impl Default for PeakEwma {
     fn default() -> Self {
-        Self { decay: Duration::from_secs(10), initial: Duration::from_millis(30) }
+        Self { decay: Duration::from_secs(10), initial: Duration::from_millis(30), failure: Duration::from_secs(1) }
     }
 }
 
@@ -134,15 +137,15 @@ impl Estimate {
         value * left
     }
 
-    /// Takes a latency in. One that `only_raises` does not pull the estimate down.
-    pub(super) fn observe(&self, latency: Duration, now: u64, decay: Duration, only_raises: bool) {
+    /// Takes a latency in.
+    pub(super) fn observe(&self, latency: Duration, now: u64, decay: Duration) {
         let latency = nanos(latency) as f32;
         let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |word| {
             let (value, then) = unpack(word);
             let (value, left) = (value, left(since(now, then), decay));
             if latency > value {
                 Some(pack(latency, tick(now)))
-            } else if only_raises || left > NOTICEABLE {
+            } else if left > NOTICEABLE {
                 None
             } else {
                 Some(pack(value * left + latency * (1.0 - left), tick(now)))
@@ -181,22 +184,20 @@ mod tests {
     #[test]
     fn it_jumps_up_and_sinks_slowly() {
         let estimate = Estimate::new(Duration::from_millis(10), 0);
-        let observe = |latency, now| estimate.observe(Duration::from_millis(latency), now, DECAY, false);
+        let observe = |latency, now| estimate.observe(Duration::from_millis(latency), now, DECAY);
         observe(100, SECOND);
         assert_eq!(millis(&estimate, SECOND), 100.0);
         observe(10, SECOND);
         assert_eq!(millis(&estimate, SECOND), 100.0, "no time has passed");
         observe(10, 2 * SECOND);
         assert_eq!(millis(&estimate, 2 * SECOND), 43.1, "100/e + 10 (1 - 1/e)");
-        estimate.observe(Duration::from_millis(1), 3 * SECOND, DECAY, true);
-        assert_eq!(millis(&estimate, 2 * SECOND), 43.1, "a failure does not pull it down");
     }
 
     #[test]
     fn reports_closer_than_the_clock_ticks_still_pull_it_down() {
         let estimate = Estimate::new(Duration::from_millis(100), 0);
         for report in 0..100_000 {
-            estimate.observe(Duration::from_millis(1), report * SECOND / 10_000, DECAY, false);
+            estimate.observe(Duration::from_millis(1), report * SECOND / 10_000, DECAY);
         }
         assert_eq!(millis(&estimate, 10 * SECOND), 1.0);
     }

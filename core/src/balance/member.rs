@@ -131,7 +131,8 @@ impl State {
     fn learn(&self, started: Instant, now: Instant, failed: bool) {
         if let Strategy::PeakEwma(ewma) = &self.settings.strategy {
             let latency = now.saturating_duration_since(started);
-            self.estimate.observe(latency, self.settings.nanos(now), ewma.decay, failed);
+            let latency = if failed { latency.max(ewma.failure) } else { latency };
+            self.estimate.observe(latency, self.settings.nanos(now), ewma.decay);
         }
     }
 

@@ -34,8 +34,8 @@ impl Pick {
         self.member.state.succeeded(self.started, Instant::now());
     }
 
-    /// The instance has not answered, or as a broken one does. Never lowers the estimate of its latency, so that one
-    /// that fails at once does not look fast.
+    /// The instance has not answered, or as a broken one does. Counts towards its
+    /// [`Ejection`](super::Ejection), and for [`PeakEwma`](super::PeakEwma) as a long latency.
     pub fn failure(self) {
         self.member.state.failed(self.started, Instant::now());
     }
