@@ -8,6 +8,7 @@
 //! ```text
 //! cargo xtask bench                                       # installs what is missing, then everything, about 4 minutes
 //! cargo run --release -p quorate-benches -- etcd,redis    # two of the backends
+//! cargo run --release -p quorate-benches -- memory        # what needs no server: quorate itself, and the balancers
 //! cargo run --release -p quorate-benches -- --quick       # everything in about a minute, rougher
 //! ```
 //!
@@ -23,6 +24,8 @@
     allow(dead_code, reason = "some parts are of use to the backends only that were left out")
 )]
 
+#[cfg(feature = "memory")]
+mod balance;
 #[cfg(feature = "memory")]
 mod memory;
 mod report;
@@ -73,7 +76,7 @@ fn main() -> ExitCode {
     let mut failed = false;
     for backend in backends {
         match measure(backend, budget) {
-            Ok(report) => print!("{report}"),
+            Ok(reports) => reports.iter().for_each(|report| print!("{report}")),
             Err(message) => {
                 eprintln!("\nerror: {message}");
                 failed = true;
@@ -83,18 +86,18 @@ fn main() -> ExitCode {
     if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
-fn measure(backend: Backend, budget: Budget) -> Outcome<Report> {
+fn measure(backend: Backend, budget: Budget) -> Outcome<Vec<Report>> {
     match backend {
         #[cfg(feature = "memory")]
-        Backend::Memory => memory::measure(budget),
+        Backend::Memory => Ok(vec![memory::measure(budget)?, balance::measure(budget)?]),
         #[cfg(feature = "etcd")]
-        Backend::Etcd => servers::measure(&servers::Etcd, budget),
+        Backend::Etcd => Ok(vec![servers::measure(&servers::Etcd, budget)?]),
         #[cfg(feature = "redis")]
-        Backend::Redis => servers::measure(&servers::Redis, budget),
+        Backend::Redis => Ok(vec![servers::measure(&servers::Redis, budget)?]),
         #[cfg(feature = "consul")]
-        Backend::Consul => servers::measure(&servers::Consul, budget),
+        Backend::Consul => Ok(vec![servers::measure(&servers::Consul, budget)?]),
         #[cfg(feature = "zookeeper")]
-        Backend::Zookeeper => servers::measure(&servers::ZooKeeper, budget),
+        Backend::Zookeeper => Ok(vec![servers::measure(&servers::ZooKeeper, budget)?]),
         #[allow(unreachable_patterns, reason = "with every feature there is nothing left")]
         other => {
             let name = other.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned());

@@ -12,6 +12,7 @@ pub(crate) struct Budget {
     pub(crate) contended: Duration,
     pub(crate) hand_off: Duration,
     pub(crate) memory: Duration,
+    pub(crate) balance: Duration,
 }
 
 impl Budget {
@@ -24,6 +25,7 @@ impl Budget {
             contended: seconds(12),
             hand_off: seconds(14),
             memory: seconds(12),
+            balance: seconds(12),
         }
     }
 
@@ -35,6 +37,7 @@ impl Budget {
             contended: full.contended / 5,
             hand_off: full.hand_off / 5,
             memory: full.memory / 5,
+            balance: full.balance / 5,
         }
     }
 }

@@ -5,16 +5,19 @@
 //! backend or a recipe.
 
 pub mod backend;
+pub mod balance;
 pub mod config;
 pub mod coordinator;
 pub mod discovery;
 pub mod endpoints;
 pub mod error;
 pub mod group;
+pub mod hash;
 pub mod key;
 pub mod kv;
 pub mod layer;
 pub mod lock;
+pub mod partition;
 pub mod presence;
 pub mod session;
 pub mod watch;
