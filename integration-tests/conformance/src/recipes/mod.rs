@@ -13,6 +13,7 @@ mod keys;
 mod late;
 mod locks;
 mod loss;
+mod partition;
 mod sessions;
 mod stm;
 
@@ -37,6 +38,7 @@ pub(crate) fn cases() -> Vec<Case> {
         histories::cases(),
         discovery::cases(),
         group::cases(),
+        partition::cases(),
     ]
     .concat()
 }
