@@ -7,6 +7,7 @@
 pub mod backend;
 pub mod config;
 pub mod coordinator;
+pub mod detect;
 pub mod discovery;
 pub mod endpoints;
 pub mod error;
