@@ -11,6 +11,7 @@ pub mod detect;
 pub mod discovery;
 pub mod endpoints;
 pub mod error;
+pub mod heartbeat;
 pub mod key;
 pub mod kv;
 pub mod layer;

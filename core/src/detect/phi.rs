@@ -126,7 +126,7 @@ impl Detector for PhiAccrual {
     }
 
     fn excuse(&mut self, at: Instant) {
-        if self.since.is_some_and(|since| since < at) {
+        if self.since.is_some_and(|since| since <= at) {
             self.since = Some(at);
             self.since_beat = false;
         }
