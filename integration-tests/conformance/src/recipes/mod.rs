@@ -5,12 +5,15 @@
 mod cancel;
 mod chaos;
 mod counting;
+mod events;
 mod fairness;
+mod heartbeat;
 mod histories;
 mod keys;
 mod late;
 mod locks;
 mod loss;
+mod recovery;
 mod sessions;
 mod stm;
 
@@ -33,6 +36,8 @@ pub(crate) fn cases() -> Vec<Case> {
         late::cases(),
         stm::cases(),
         histories::cases(),
+        heartbeat::cases(),
+        recovery::cases(),
     ]
     .concat()
 }
