@@ -75,7 +75,15 @@ use Flaw::*;
 
 /// Flaws of a backend that the cases about the recipes must notice, each by itself.
 pub(crate) const PLANTED_UNDER_RECIPES: &[(Flaw, &[&str])] = &[
-    (NobodyIsEverAhead, &["a_hundred_tasks_never_meet_inside_and_tokens_rise", "grants_follow_arrival"]),
+    (
+        NobodyIsEverAhead,
+        &[
+            "a_hundred_tasks_never_meet_inside_and_tokens_rise",
+            "grants_follow_arrival",
+            "of_three_monitors_one_recovers_each_death_once",
+        ],
+    ),
+    (RevisionsCountPerKey, &["a_clean_leave_is_never_a_death"]),
     (LastComeFirstServed, &["grants_follow_arrival"]),
     (TokensFall, &["a_hundred_tasks_never_meet_inside_and_tokens_rise"]),
     (LeavingTakesTheFront, &["a_cancelled_waiter_leaves_the_order_of_the_rest_intact"]),
@@ -99,12 +107,27 @@ pub(crate) const PLANTED_UNDER_RECIPES: &[(Flaw, &[&str])] = &[
             "transfers_between_accounts_conserve_the_sum",
             "histories_of_keys_are_linearizable_in_calm",
             "histories_of_keys_are_linearizable_under_chaos",
+            "the_newest_run_wins_and_late_beats_of_older_ones_are_ignored",
         ],
     ),
-    (AnyRevisionWillDo, &["increments_by_swap_lose_nothing", "histories_of_keys_are_linearizable_under_chaos"]),
+    (
+        AnyRevisionWillDo,
+        &[
+            "increments_by_swap_lose_nothing",
+            "histories_of_keys_are_linearizable_under_chaos",
+            "the_newest_run_wins_and_late_beats_of_older_ones_are_ignored",
+        ],
+    ),
     (ReadsAreOld, &["what_is_put_is_got_listed_and_deleted", "histories_of_keys_are_linearizable_in_calm"]),
     (CulpritIsAlwaysTheFirst, &["a_transaction_names_the_condition_that_did_not_hold"]),
-    (WatchMissesDeletions, &["an_ephemeral_key_ends_with_its_session"]),
+    (
+        WatchMissesDeletions,
+        &[
+            "an_ephemeral_key_ends_with_its_session",
+            "dropping_the_publisher_leaves",
+            "the_dead_are_forgotten_with_everything_written_for_them",
+        ],
+    ),
     (WatchStartsWithoutReset, &["a_watch_tells_names_as_they_were_written"]),
 ];
 
