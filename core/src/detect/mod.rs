@@ -16,6 +16,7 @@
 //! the floor under σ and the acceptable pause are for; the tests print the measured rates beside the nominal ones.
 
 mod deadline;
+mod health;
 mod phi;
 #[cfg(test)]
 mod rates;
@@ -25,6 +26,7 @@ use std::fmt;
 use tokio::time::Instant;
 
 pub use deadline::Deadline;
+pub use health::Health;
 pub use phi::{PhiAccrual, PhiOptions};
 
 /// Judges the silence of one peer.

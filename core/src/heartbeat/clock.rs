@@ -12,7 +12,7 @@
 //! through the coordinator, so δ is two writes and two notifications long.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -160,6 +160,14 @@ impl Exchange {
         Some(ClockOffset { ahead_seconds, error: round_trip.shortest / 2, round_trip })
     }
 
+    /// Forgets everybody else.
+    pub(super) fn keep(&self, standing: &[Heard]) {
+        let standing: HashSet<_> = standing.iter().map(|heard| heard.peer.as_str()).collect();
+        let mut state = self.state();
+        state.heard.retain(|peer, _| standing.contains(peer.as_str()));
+        state.offsets.retain(|peer, _| standing.contains(peer.as_str()));
+    }
+
     pub(super) fn forget(&self, peer: &str) {
         let mut state = self.state();
         state.heard.remove(peer);
@@ -260,6 +268,8 @@ mod tests {
         assert!(exchange.offset("x").is_none());
         exchange.heard(&heard("x", 4, 0, echo(7, 400)), now + MS, 0);
         assert!(exchange.offset("x").is_some());
+        exchange.keep(&[heard("x", 5, 0, None)]);
+        assert!(exchange.offset("x").is_some() && exchange.state().heard.len() == 1);
         exchange.forget("x");
         assert!(exchange.offset("x").is_none());
     }

@@ -134,6 +134,9 @@ impl HeartbeatGroup {
     /// # Errors
     /// `InvalidInput` for a bad name of the group or the peer, or if `every` is zero. What goes wrong later shows in
     /// [`Publisher::status`] and is tried again with the next beat.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
     pub fn beat(&self, peer: &str, every: Duration) -> Result<Publisher> {
         self.beat_with(peer, every, "")
     }
@@ -142,6 +145,9 @@ impl HeartbeatGroup {
     ///
     /// # Errors
     /// As for [`beat`](Self::beat), and `InvalidInput` if the text is longer than [`MAX_PAYLOAD`] bytes.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
     pub fn beat_with(&self, peer: &str, every: Duration, payload: &str) -> Result<Publisher> {
         if every.is_zero() {
             return Err(Error::invalid("heartbeat", "the interval between beats is zero").key(peer));
@@ -157,6 +163,9 @@ impl HeartbeatGroup {
     ///
     /// # Errors
     /// `InvalidInput` for a bad name of the group or options that cannot work.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
     pub fn monitor(&self, options: MonitorOptions) -> Result<Monitor> {
         Monitor::start(self.shared.clone(), options)
     }

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     backend::{Check, Entry, Revision, Txn, Write},
-    detect::{Deadline, Detector, PhiAccrual, PhiOptions},
+    detect::{Deadline, Detector, Health, PhiAccrual, PhiOptions},
     error::{Error, Result},
     key::{Dir, Key, KeyRange},
     watch::{Watch, WatchEvent},
@@ -69,7 +69,7 @@ impl Detection {
 pub struct MonitorOptions {
     /// How silence becomes suspicion. φ-accrual with its defaults.
     pub detection: Detection,
-    /// How long a suspect may still be heard before it is dead. 5 s. At least `probe_every` + `stall`, so that no outage
+    /// How long a suspect may still be heard before it is dead, times the observer's own [`Health`] score + 1. 5 s. At least `probe_every` + `stall`, so that no outage
     /// of the coordinator that goes unnoticed is long enough to convict.
     pub grace: Duration,
     /// How often silence is looked at. 100 ms.
@@ -226,6 +226,12 @@ impl Monitor {
         !contact.interrupted && !contact.unanswered && !self.task.shared.exchange.is_failing()
     }
 
+    /// How the monitor itself has been doing: each long pause and each read without an answer worsens it, each answered
+    /// read improves it. The grace is stretched by the score + 1, so that an observer in trouble convicts later.
+    pub fn health(&self) -> Health {
+        self.task.view.peers().health
+    }
+
     /// Why peers could not be heard, the last time they could not.
     pub fn last_error(&self) -> Option<Error> {
         self.task.view.contact().error.clone()
@@ -238,6 +244,9 @@ impl Monitor {
 
     /// Runs `action` for every peer that dies, once across all monitors of the group that do the same; see [`Recovery`]
     /// for what is promised. The session of the group's coordinator holds the locks.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
     pub fn on_death<F, Fut>(&self, action: F) -> Recovery
     where
         F: Fn(Death) -> Fut + Send + Sync + 'static,
@@ -375,7 +384,9 @@ impl Watcher {
         self.last_look = now;
         if late > self.options.max_pause {
             tracing::warn!(?late, "this process was paused; every peer gets a fresh start");
-            self.view.peers().excuse_all(now);
+            let mut peers = self.view.peers();
+            peers.health.worsen();
+            peers.excuse_all(now);
         } else if late > self.options.tick {
             self.view.peers().excuse(late, now);
         }
@@ -385,6 +396,7 @@ impl Watcher {
         match event {
             WatchEvent::Reset(snapshot) => {
                 let records: Vec<_> = snapshot.entries.iter().filter_map(Heard::of).collect();
+                self.shared.exchange.keep(&records);
                 self.view.peers().reset(records, now);
                 self.view.contact().interrupted = false;
             }
@@ -460,6 +472,7 @@ impl Watcher {
         let Some(Probe { peer, sent, overdue, .. }) = self.probe.take() else { return };
         let entry = match answer {
             Ok(entry) => {
+                self.view.peers().health.improve();
                 let mut contact = self.view.contact();
                 contact.unanswered = false;
                 contact.round_trips.push(now - sent, ());
@@ -467,6 +480,7 @@ impl Watcher {
             }
             Err(error) => {
                 tracing::warn!(%error, "the coordinator does not answer; nobody is judged until it does");
+                self.view.peers().health.worsen();
                 let mut contact = self.view.contact();
                 (contact.unanswered, contact.error) = (true, Some(error));
                 self.blind = true;

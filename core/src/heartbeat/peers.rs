@@ -8,7 +8,10 @@ use std::{collections::BTreeMap, time::Duration};
 use tokio::time::Instant;
 
 use super::{ClockOffset, Incarnation, MonitorOptions, record::Heard};
-use crate::{backend::Revision, detect::Detector};
+use crate::{
+    backend::Revision,
+    detect::{Detector, Health},
+};
 
 /// What a monitor takes a peer for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -143,13 +146,19 @@ pub(super) enum Found {
 pub(super) struct Peers {
     options: MonitorOptions,
     peers: BTreeMap<String, Peer>,
+    /// The observer's own: it stretches the grace.
+    pub(super) health: Health,
     /// Not yet taken by [`Peers::events`]. Emptied after every step, so it is bounded by the peers.
     events: Vec<PeerEvent>,
 }
 
 impl Peers {
     pub(super) fn new(options: MonitorOptions) -> Self {
-        Self { options, peers: BTreeMap::new(), events: Vec::new() }
+        Self { options, peers: BTreeMap::new(), health: Health::default(), events: Vec::new() }
+    }
+
+    fn grace(&self) -> Duration {
+        self.health.scale(self.options.grace)
     }
 
     pub(super) fn events(&mut self) -> Vec<PeerEvent> {
@@ -300,15 +309,17 @@ impl Peers {
 
     /// The first peer that only a look at the store can save.
     pub(super) fn overdue(&self, now: Instant) -> Option<(String, u64)> {
-        let overdue = self.peers.values().find(|peer| peer.is_overdue(self.options.grace, now))?;
+        let grace = self.grace();
+        let overdue = self.peers.values().find(|peer| peer.is_overdue(grace, now))?;
         Some((overdue.latest.peer.clone(), overdue.latest.beat.seq))
     }
 
     /// A look that was made after the grace was over, and came back just now, has shown no beat after `seq`.
     pub(super) fn convict(&mut self, peer: &str, seq: u64, now: Instant) {
+        let grace = self.grace();
         if let Some(peer) = self.peers.get_mut(peer)
             && peer.latest.beat.seq == seq
-            && peer.is_overdue(self.options.grace, now)
+            && peer.is_overdue(grace, now)
         {
             peer.die(Cause::Silence, now, &mut self.events);
         }

@@ -247,6 +247,17 @@ async fn the_dead_are_forgotten_in_time_and_retried_later() {
     assert_eq!(peers.forgettable(later).expect("the other one").0, "b");
 }
 
+/// S-G25.
+#[tokio::test]
+async fn an_observer_in_trouble_convicts_later() {
+    let start = Instant::now();
+    let mut peers = two(start);
+    peers.health.worsen();
+    assert_eq!(told(&pass(&mut peers, start, 12).1), "?a1 ?b1", "8 s without the doubt, 13 s with it");
+    peers.health.improve();
+    assert_eq!(told(&pass(&mut peers, start + 12 * SECOND, 1).1), "!a1 !b1");
+}
+
 #[tokio::test]
 async fn probes_take_turns_among_the_living() {
     let start = Instant::now();
