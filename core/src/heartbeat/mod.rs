@@ -129,7 +129,8 @@ impl HeartbeatGroup {
     }
 
     /// Begins to beat for `peer`, once per `every`, until the publisher is dropped, leaves, or is superseded by a later
-    /// run of the same peer. The first beat goes out at once, in the background.
+    /// run of the same peer. The first beat goes out at once, in the background. It stands on no session: closing the
+    /// coordinator does not end it.
     ///
     /// # Errors
     /// `InvalidInput` for a bad name of the group or the peer, or if `every` is zero. What goes wrong later shows in

@@ -251,25 +251,29 @@ async fn a_clean_leave_is_never_a_death(clients: Arc<dyn Clients>) {
     let (a, watcher) = (coord(&clients).await, coord(&clients).await);
     let mut watched = Watched::new(&watcher.heartbeat("g"));
     let group = a.heartbeat("g");
+    let looking = group.beat("looking", EVERY).expect("a good name");
+    watched.alive("looking").await;
     let mut last = None;
     // At once after each other, so that a watch may skip the deletion in between.
-    for _ in 0..3 {
+    for turn in 0..3 {
         let publisher = group.beat("a", EVERY).expect("a good name");
         let incarnation = within(SOON, "the first beat", publisher.beating()).await.expect("beats");
         assert!(Some(incarnation) > last, "greater, although the record was deleted in between");
-        within(SOON, "leaving", publisher.leave()).await.expect("left");
         last = Some(incarnation);
-    }
-    let last = last.expect("it ran");
-    watched
-        .until("the last leave", |event| match event {
+        let told = |event: &PeerEvent| match event {
             PeerEvent::Dead { .. } | PeerEvent::Returned { .. } => panic!("a leave told as {event:?}"),
-            PeerEvent::Left { incarnation, .. } if *incarnation == last => Some(()),
+            PeerEvent::Alive { incarnation, .. } => (Some(*incarnation) == last).then_some(()),
             _ => None,
-        })
-        .await;
+        };
+        if turn == 2 {
+            watched.until("the last run", told).await;
+        }
+        within(SOON, "leaving", publisher.leave()).await.expect("left");
+    }
+    assert_eq!(Some(watched.left("a").await), last, "those before were told before, if at all");
     watched.nobody_dies(Duration::from_secs(3)).await;
-    assert!(watched.monitor.peers().is_empty());
+    assert_eq!(watched.monitor.peers().len(), 1, "only the one that helped to begin");
+    looking.leave().await.expect("left");
 }
 
 async fn dropping_the_publisher_leaves(clients: Arc<dyn Clients>) {
