@@ -12,6 +12,7 @@
 //! | election | a line whose front leads; the value is the proposal |
 //! | fenced write | `commit` with [`Check::Standing`] |
 //! | membership, discovery | `commit` of keys on a lease, `watch` of their directory |
+//! | heartbeats, recovery | `commit` of keys on no lease, each beat with [`Check::Unchanged`]; `watch` of their directory; a lock per death |
 //! | 2PC | `commit` with [`Check::Absent`] for the one decision record, `watch` |
 
 use std::{fmt, sync::Arc, time::Duration};

@@ -17,6 +17,7 @@ use futures_util::{
 use crate::{
     backend::{Backend, Profile},
     error::{Error, ErrorKind, Result},
+    heartbeat::HeartbeatGroup,
     key::Dir,
     kv::Kv,
     lock::{Lock, MultiLock},
@@ -67,6 +68,11 @@ impl Coordinator {
     pub fn lock_all<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> MultiLock {
         let names: std::collections::BTreeSet<&str> = names.into_iter().collect();
         MultiLock::new(names.into_iter().map(|name| self.lock(name)).collect())
+    }
+
+    /// A group of peers that watch over each other by heartbeats. A bad name is refused at the first use.
+    pub fn heartbeat(&self, group: &str) -> HeartbeatGroup {
+        HeartbeatGroup::new(self.clone(), group)
     }
 
     /// Keys and values.

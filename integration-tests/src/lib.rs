@@ -5,6 +5,7 @@
 //! passes because it did not run. The cases about the contract itself are in `quorate-conformance`.
 
 pub mod actor;
+pub mod heartbeats;
 pub mod outage;
 pub mod process;
 pub mod registry;
@@ -22,7 +23,7 @@ use site::Site;
 pub struct SiteCase {
     /// The promise, in snake_case.
     pub name: &'static str,
-    /// `process` or `outage`.
+    /// `process`, `heartbeat` or `outage`.
     pub group: &'static str,
     /// The test. It panics if the promise is broken.
     pub run: fn(Arc<Site>) -> BoxFuture<'static, Outcome>,

@@ -1,13 +1,18 @@
-//! A process that holds locks on command, to be killed and stopped by the tests.
+//! A process that holds locks, or beats and watches, on command, to be killed and stopped by the tests.
 //!
 //! Promise: one line in, one line out, in order; a line `bye` after the input has ended. Commands:
-//! `acquire NAME`, `try NAME`, `deadline`, `held`, `fenced KEY VALUE`, `plain KEY VALUE`, `release`, and
+//! `acquire NAME`, `try NAME`, `deadline`, `held`, `fenced KEY VALUE`, `plain KEY VALUE`, `release`, `beat GROUP PEER`,
+//! `observe GROUP SECONDS`, which watches for so long and answers with the peers that it was told dead, and
 //! `contend NAME TASKS TURNS REFEREE`, which takes the lock TURNS times from each of TASKS tasks and reports
 //! every entry and exit to the referee's address.
 
 use std::{process::ExitCode, time::Duration};
 
-use quorate::{Config, Coordinator, LockGuard, Result};
+use quorate::{
+    Config, Coordinator, LockGuard, Result,
+    heartbeat::{PeerEvent, Publisher},
+};
+use quorate_integration_tests::heartbeats;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::TcpStream,
@@ -26,10 +31,11 @@ async fn main() -> ExitCode {
         }
     };
     let mut guard = None;
+    let mut publisher = None;
     let mut lines = BufReader::new(tokio::io::stdin()).lines();
     while let Some(line) = lines.next_line().await.expect("stdin is readable") {
         let words: Vec<_> = line.split(' ').collect();
-        let answer = match obey(&coord, &mut guard, &words).await {
+        let answer = match obey(&coord, &mut guard, &mut publisher, &words).await {
             Ok(answer) => answer,
             Err(error) => format!("error {} {error}", error.kind()),
         };
@@ -46,7 +52,12 @@ async fn say(line: &str) {
     out.flush().await.expect("stdout is open");
 }
 
-async fn obey(coord: &Coordinator, guard: &mut Option<LockGuard>, words: &[&str]) -> Result<String> {
+async fn obey(
+    coord: &Coordinator,
+    guard: &mut Option<LockGuard>,
+    publisher: &mut Option<Publisher>,
+    words: &[&str],
+) -> Result<String> {
     Ok(match (words, guard.as_ref()) {
         (["acquire", name], _) => {
             let held = guard.insert(coord.lock(name).acquire().await?);
@@ -75,6 +86,14 @@ async fn obey(coord: &Coordinator, guard: &mut Option<LockGuard>, words: &[&str]
             guard.take().expect("just seen").release().await?;
             "released".to_owned()
         }
+        (["beat", group, peer], _) => {
+            let beating = publisher.insert(coord.heartbeat(group).beat(peer, heartbeats::EVERY)?);
+            format!("beating {}", beating.beating().await?)
+        }
+        (["observe", group, seconds], _) => {
+            let time = Duration::from_secs(seconds.parse().expect("a number"));
+            observe(coord, group, time).await?
+        }
         (["contend", name, tasks, turns, referee], _) => {
             let (tasks, turns) = (tasks.parse().expect("a number"), turns.parse().expect("a number"));
             contend(coord, name, tasks, turns, referee).await?;
@@ -82,6 +101,21 @@ async fn obey(coord: &Coordinator, guard: &mut Option<LockGuard>, words: &[&str]
         }
         _ => format!("error unknown command {words:?}"),
     })
+}
+
+async fn observe(coord: &Coordinator, group: &str, time: Duration) -> Result<String> {
+    let mut monitor = coord.heartbeat(group).monitor(heartbeats::options())?;
+    let mut answer = "dead".to_owned();
+    let _ = tokio::time::timeout(time, async {
+        while let Some(event) = monitor.next().await {
+            if let PeerEvent::Dead { peer, .. } = event {
+                answer.push(' ');
+                answer.push_str(&peer);
+            }
+        }
+    })
+    .await;
+    Ok(answer)
 }
 
 async fn contend(coord: &Coordinator, name: &str, tasks: usize, turns: usize, referee: &str) -> Result<()> {

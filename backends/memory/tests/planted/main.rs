@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod flawed;
+mod table;
 
 use std::{sync::Arc, time::Duration};
 
@@ -58,7 +59,7 @@ fn without_a_flaw_nothing_fails() {
 fn every_planted_flaw_is_found_by_the_case_that_names_the_promise() {
     let cases: Vec<_> = waist_cases().iter().map(|case| case.name).collect();
     let mut missed = Vec::new();
-    for (flaw, by) in flawed::PLANTED {
+    for (flaw, by) in table::PLANTED {
         let failed = quietly(|| failures(Some(*flaw), waist_cases()));
         println!("{flaw:?} fails {} cases: {failed:?}", failed.len());
         for case in *by {
@@ -73,7 +74,7 @@ fn every_planted_flaw_is_found_by_the_case_that_names_the_promise() {
         }
     }
     // The recipes are slower, so only the cases that must notice are run.
-    for (flaw, by) in flawed::PLANTED_UNDER_RECIPES {
+    for (flaw, by) in table::PLANTED_UNDER_RECIPES {
         let named = |case: &Case| by.contains(&case.name);
         let cases: Vec<_> = recipe_cases().into_iter().filter(named).collect();
         assert_eq!(cases.len(), by.len(), "not all of these are cases: {by:?}");

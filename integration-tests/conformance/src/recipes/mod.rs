@@ -6,14 +6,17 @@ mod cancel;
 mod chaos;
 mod counting;
 mod discovery;
+mod events;
 mod fairness;
 mod group;
+mod heartbeat;
 mod histories;
 mod keys;
 mod late;
 mod locks;
 mod loss;
 mod partition;
+mod recovery;
 mod sessions;
 mod stm;
 
@@ -39,6 +42,8 @@ pub(crate) fn cases() -> Vec<Case> {
         discovery::cases(),
         group::cases(),
         partition::cases(),
+        heartbeat::cases(),
+        recovery::cases(),
     ]
     .concat()
 }
