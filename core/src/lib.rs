@@ -13,6 +13,7 @@ pub mod error;
 pub mod key;
 pub mod kv;
 pub mod layer;
+mod line;
 pub mod lock;
 pub mod session;
 pub mod watch;

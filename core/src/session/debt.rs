@@ -38,8 +38,8 @@ pub(crate) enum Debt {
     Unsure(Arc<Enqueue>),
     /// A request that was repeated and is settled, but whose first attempt could still land.
     Later(Arc<Enqueue>),
-    /// A ticket that is no longer wanted.
-    Leave(Ticket),
+    /// Takes out a ticket that is no longer wanted. May be made again and again.
+    Leave(Txn),
 }
 
 impl fmt::Debug for Debt {
@@ -48,7 +48,7 @@ impl fmt::Debug for Debt {
             Self::Joining { entry, .. } => write!(f, "Joining({})", entry.line),
             Self::Unsure(entry) => write!(f, "Unsure({})", entry.line),
             Self::Later(entry) => write!(f, "Later({})", entry.line),
-            Self::Leave(ticket) => write!(f, "Leave({ticket})"),
+            Self::Leave(txn) => write!(f, "Leave({txn})"),
         }
     }
 }
@@ -131,7 +131,7 @@ impl Work {
             Debt::Joining { request, entry } => {
                 self.waits.push(Box::pin(async move {
                     match request.await {
-                        Ok(Some(place)) => Some(Debt::Leave(place.ticket)),
+                        Ok(Some(place)) => Some(Debt::Leave(leaving(place.ticket))),
                         Err(error) if error.kind() == ErrorKind::Ambiguous => Some(Debt::Unsure(entry)),
                         // Surely nothing is there.
                         Ok(None) | Err(_) => None,
@@ -160,7 +160,7 @@ impl Work {
             let core = core.clone();
             self.removals.push(Box::pin(async move {
                 match debt {
-                    Debt::Leave(ticket) => leave(&core, &ticket).await,
+                    Debt::Leave(txn) => leave(&core, &txn).await,
                     Debt::Unsure(entry) => find_and_leave(&core, &entry).await,
                     Debt::Joining { .. } | Debt::Later(_) => {}
                 }
@@ -228,17 +228,20 @@ async fn find_and_leave(core: &SessionCore, entry: &Enqueue) {
             },
         }
     };
-    leave(core, &ticket).await;
+    leave(core, &leaving(ticket)).await;
     if again {
         core.debts.owe(Debt::Later(Arc::new(entry)));
     }
 }
 
-async fn leave(core: &SessionCore, ticket: &Ticket) {
-    let txn = Txn { checks: Vec::new(), writes: vec![Write::Leave(ticket.clone())] };
+fn leaving(ticket: Ticket) -> Txn {
+    Txn { checks: Vec::new(), writes: vec![Write::Leave(ticket)] }
+}
+
+async fn leave(core: &SessionCore, txn: &Txn) {
     let mut wait = Backoff::default();
     loop {
-        match core.backend.commit(&txn).await {
+        match core.backend.commit(txn).await {
             Ok(_) => return,
             Err(error) => match error.kind() {
                 ErrorKind::SessionLost | ErrorKind::InvalidInput | ErrorKind::Unsupported => return,
