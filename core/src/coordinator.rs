@@ -16,6 +16,7 @@ use futures_util::{
 
 use crate::{
     backend::{Backend, Profile},
+    election::Election,
     error::{Error, ErrorKind, Result},
     key::Dir,
     kv::Kv,
@@ -67,6 +68,11 @@ impl Coordinator {
     pub fn lock_all<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> MultiLock {
         let names: std::collections::BTreeSet<&str> = names.into_iter().collect();
         MultiLock::new(names.into_iter().map(|name| self.lock(name)).collect())
+    }
+
+    /// An election by name. Any name from 1 to [`MAX_NAME`](crate::MAX_NAME) bytes; others are refused at the first use.
+    pub fn election(&self, name: &str) -> Election {
+        Election::new(self.clone(), name)
     }
 
     /// Keys and values.
@@ -170,7 +176,7 @@ impl Coordinator {
         }
     }
 
-    fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.inner.closed.load(std::sync::atomic::Ordering::Acquire)
     }
 

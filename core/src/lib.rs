@@ -8,6 +8,7 @@ pub mod backend;
 pub mod config;
 pub mod coordinator;
 pub mod discovery;
+pub mod election;
 pub mod endpoints;
 pub mod error;
 pub mod key;
@@ -24,6 +25,7 @@ pub use backend::{
 };
 pub use config::{Config, Secret, Tls};
 pub use coordinator::Coordinator;
+pub use election::{Candidate, Election, Leader, Leadership};
 pub use error::{Error, ErrorKind, Result};
 pub use key::{Dir, Key, KeyRange, MAX_NAME};
 pub use kv::{Kv, KvEvent, Swap, TxnOutcome};

@@ -21,6 +21,10 @@ impl Fence {
         Self { ticket, token }
     }
 
+    pub(crate) fn ticket(&self) -> &Ticket {
+        &self.ticket
+    }
+
     pub(crate) fn line(&self) -> &Dir {
         &self.ticket.line
     }

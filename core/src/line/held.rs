@@ -14,15 +14,30 @@ use super::Fence;
 use crate::{
     backend::{Enqueue, Place, Revision, Txn, Write},
     error::{Error, ErrorKind, Result},
+    key::Key,
     session::{Debt, Hold, Session, SessionCore},
 };
+
+/// Keys that a hold leaves in the store beside its ticket. They go with it.
+#[derive(Debug, Clone)]
+pub(crate) struct Traces {
+    /// Tells who holds: JSON with the hold's token as `term`. Later holders write it, too.
+    pub(crate) record: Key,
+    /// Nobody else writes this one.
+    pub(crate) own: Option<Key>,
+}
+
+impl Traces {
+    fn deletes(&self) -> impl Iterator<Item = Write> {
+        [Some(self.record.clone()), self.own.clone()].into_iter().flatten().map(Write::Delete)
+    }
+}
 
 /// A ticket that is first in its line. Dropped, it is taken out in the background.
 pub(crate) struct Held {
     session: Session,
     hold: Arc<Hold>,
-    /// Made in the same step that takes the ticket out, if it still stands.
-    also: Vec<Write>,
+    traces: Option<Traces>,
     /// What is held, in error messages.
     what: &'static str,
 }
@@ -30,7 +45,7 @@ pub(crate) struct Held {
 impl Held {
     pub(super) fn new(session: Session, place: Place, unsure: Option<Arc<Enqueue>>, what: &'static str) -> Self {
         let hold = session.core().hold(place, unsure);
-        Self { session, hold, also: Vec::new(), what }
+        Self { session, hold, traces: None, what }
     }
 
     pub(crate) fn token(&self) -> Revision {
@@ -45,9 +60,9 @@ impl Held {
         &self.hold
     }
 
-    /// Has this made together with leaving.
-    pub(crate) fn leave_with(&mut self, write: Write) {
-        self.also.push(write);
+    /// Has these keys deleted together with leaving.
+    pub(crate) fn leaves(&mut self, traces: Traces) {
+        self.traces = Some(traces);
     }
 
     /// Whether it still stands, by the local clock and what has been heard. No I/O.
@@ -74,19 +89,29 @@ impl Held {
         Fence::new(self.hold.ticket.clone(), self.hold.token)
     }
 
-    /// What may be sent again after a reply was lost, with what it then means to be refused: that it happened.
+    fn leave(&self) -> Txn {
+        self.fence().leave_and(self.traces.iter().flat_map(Traces::deletes))
+    }
+
+    /// What is sent again after a reply was lost. That it is refused then, is no news.
     fn again(&self) -> Txn {
-        if self.also.is_empty() {
+        match self.traces {
             // Unconditional leaving may be repeated, so the layers carry this one through.
-            Txn { checks: Vec::new(), writes: vec![Write::Leave(self.hold.ticket.clone())] }
-        } else {
-            // What goes with it could hit a later owner's, so it stays under the condition.
-            self.fence().leave_and(self.also.clone())
+            None => Txn { checks: Vec::new(), writes: vec![Write::Leave(self.hold.ticket.clone())] },
+            // The record could be a later holder's by now, so it stays under the condition.
+            Some(_) => self.leave(),
+        }
+    }
+
+    /// What is left of it when the ticket was taken by somebody else.
+    fn owe_traces(&self) {
+        if let Some(traces) = self.traces.clone() {
+            self.session.core().debts.owe(Debt::Erase(traces, self.hold.token));
         }
     }
 
     /// Takes the ticket out of its line: one round trip.
-    pub(crate) async fn release(self, operation: &'static str) -> Result<()> {
+    pub(crate) async fn release(&self, operation: &'static str) -> Result<()> {
         let core = self.session.core().clone();
         core.check(operation)?;
         if !self.hold.release() {
@@ -97,20 +122,47 @@ impl Held {
             core.debts.owe(Debt::Later(entry));
         }
         let again = self.again();
-        let owed = Owed { core: &core, txn: Some(again.clone()) };
-        let outcome = match core.backend.commit(&self.fence().leave_and(self.also.clone())).await {
+        let owed = Owed { core: &core, debt: Some(self.departure()) };
+        let outcome = match core.backend.commit(&self.leave()).await {
             Err(error) if matches!(error.kind(), ErrorKind::Ambiguous | ErrorKind::Unavailable) => {
-                core.backend.commit(&again).await.map(|_| true)
+                let repeated = core.backend.commit(&again).await;
+                if repeated.as_ref().is_ok_and(|commit| !commit.applied) {
+                    // Applied the first time, or the ticket had been taken: only the latter leaves something.
+                    self.owe_traces();
+                }
+                repeated.map(|_| true)
             }
             outcome => outcome.map(|commit| commit.applied),
         };
         match outcome {
             Ok(stood) => {
                 owed.paid();
-                if stood { Ok(()) } else { Err(self.removed(operation)) }
+                if stood {
+                    return Ok(());
+                }
+                self.owe_traces();
+                Err(self.removed(operation))
             }
             Err(error) => Err(error.next("it is retried in the background; the end of the session frees it")),
         }
+    }
+
+    /// Takes the ticket out of its line in the background, if that has not begun yet.
+    pub(crate) fn give_up(&self) {
+        let core = self.session.core();
+        if self.hold.release() {
+            core.debts.owe(self.departure());
+            if let Some(entry) = self.hold.unsure.clone() {
+                core.debts.owe(Debt::Later(entry));
+            }
+            core.unhold(&self.hold);
+        } else if self.hold.was_taken() {
+            self.owe_traces();
+        }
+    }
+
+    fn departure(&self) -> Debt {
+        Debt::Leave(self.again(), self.traces.clone().map(|traces| (traces, self.hold.token)))
     }
 
     pub(crate) fn removed(&self, operation: &'static str) -> Error {
@@ -122,14 +174,7 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        let core = self.session.core();
-        if self.hold.release() {
-            core.debts.owe(Debt::Leave(self.again()));
-            if let Some(entry) = self.hold.unsure.clone() {
-                core.debts.owe(Debt::Later(entry));
-            }
-            core.unhold(&self.hold);
-        }
+        self.give_up();
     }
 }
 
@@ -156,19 +201,19 @@ pub(crate) async fn run_while<F: Future>(
 /// A removal under way; dropped before it is confirmed, it becomes a debt.
 struct Owed<'a> {
     core: &'a SessionCore,
-    txn: Option<Txn>,
+    debt: Option<Debt>,
 }
 
 impl Owed<'_> {
     fn paid(mut self) {
-        self.txn = None;
+        self.debt = None;
     }
 }
 
 impl Drop for Owed<'_> {
     fn drop(&mut self) {
-        if let Some(txn) = self.txn.take() {
-            self.core.debts.owe(Debt::Leave(txn));
+        if let Some(debt) = self.debt.take() {
+            self.core.debts.owe(debt);
         }
     }
 }

@@ -208,7 +208,7 @@ impl Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         if self.place.is_some() {
-            self.core.debts.owe(Debt::Leave(self.leave()));
+            self.core.debts.owe(Debt::Leave(self.leave(), None));
         }
         if let Some(entry) = self.unsure.take() {
             self.core.debts.owe(Debt::Later(entry));

@@ -12,7 +12,7 @@ mod turn;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 pub use fence::Fence;
-pub(crate) use held::{Held, run_while};
+pub(crate) use held::{Held, Traces, run_while};
 pub(crate) use join::{Claim, Wish, join};
 pub(crate) use turn::wait_turn;
 

@@ -5,6 +5,9 @@
 mod cancel;
 mod chaos;
 mod counting;
+mod election;
+mod election_faults;
+mod election_turns;
 mod fairness;
 mod histories;
 mod keys;
@@ -33,6 +36,9 @@ pub(crate) fn cases() -> Vec<Case> {
         late::cases(),
         stm::cases(),
         histories::cases(),
+        election::cases(),
+        election_turns::cases(),
+        election_faults::cases(),
     ]
     .concat()
 }
