@@ -263,8 +263,9 @@ impl Election {
     /// Nothing is left behind.
     pub async fn observe(&self) -> Result<Observer> {
         let record = &self.places()?.record;
-        let watch = self.coord.backend().watch(&KeyRange::One(record.clone())).await?;
-        Ok(Observer::new(watch, record.clone(), self.coord.profile().backend))
+        let backend = self.coord.backend().clone();
+        let watch = backend.watch(&KeyRange::One(record.clone())).await?;
+        Ok(Observer::new(watch, record.clone(), backend))
     }
 
     /// Who leads, if anybody does: the first in line, who may not have noticed yet. One round trip, of two calls.

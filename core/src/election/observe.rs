@@ -4,8 +4,11 @@
 //! skipped, the last one never; terms never go back, whatever happens to the connection. An observer costs a watch of one
 //! key, however many candidates there are.
 
+use std::sync::Arc;
+
 use super::{Leader, record};
 use crate::{
+    backend::Backend,
     error::{Error, ErrorKind, Result},
     key::Key,
     lock::FencingToken,
@@ -17,7 +20,8 @@ use crate::{
 pub struct Observer {
     watch: Watch,
     key: Key,
-    backend: &'static str,
+    /// Kept, so that the connection lives for as long as somebody observes.
+    backend: Arc<dyn Backend>,
     /// What was told last; `None` before the first.
     last: Option<Option<Leader>>,
     /// The greatest term told.
@@ -27,7 +31,7 @@ pub struct Observer {
 }
 
 impl Observer {
-    pub(super) fn new(watch: Watch, key: Key, backend: &'static str) -> Self {
+    pub(super) fn new(watch: Watch, key: Key, backend: Arc<dyn Backend>) -> Self {
         Self { watch, key, backend, last: None, newest: None, current: false, end: None }
     }
 
@@ -58,8 +62,9 @@ impl Observer {
                     continue;
                 }
             };
-            let seen =
-                seen.map(|value| record::leader(&self.key, &value).map_err(|e| e.on(self.backend))).transpose()?;
+            let seen = seen
+                .map(|value| record::leader(&self.key, &value).map_err(|e| e.on(self.backend.profile().backend)))
+                .transpose()?;
             if let Some(term) = seen.as_ref().map(|leader| leader.term) {
                 if self.newest.is_some_and(|newest| term < newest) {
                     continue;
