@@ -208,7 +208,7 @@ mod tests {
             Instance::new("s", ""),
             good.clone().id(""),
             good.clone().weight(0),
-            good.clone().weight(MAX_WEIGHT + 1),
+            good.weight(MAX_WEIGHT + 1),
         ] {
             assert_eq!(bad.validate().expect_err("bad").kind(), crate::ErrorKind::InvalidInput, "{bad}");
         }

@@ -265,10 +265,11 @@ async fn other_dropped_election_calls_leave_an_election_that_works(clients: Arc<
 async fn an_announcement_that_lands_late_changes_nothing(clients: Arc<dyn Clients>) {
     let slow = Slow::commits(&clients, 1).await;
     let (a, b) = (coord_over(standard(slow.clone()), Duration::from_secs(60)), coord(&clients).await);
-    // The announcement of the candidate's value is on its way when the next one is made.
-    let leader = lead(&a.election("job"), "first").await;
-    leader.announce("second").await.expect("announced");
     let mut observer = b.election("job").observe().await.expect("observing works");
+    // An attempt at the announcement of the candidate's value is still on its way when the next one is made.
+    let leader = lead(&a.election("job"), "first").await;
+    until_seen(&mut observer, Some("first")).await;
+    leader.announce("second").await.expect("announced");
     until_seen(&mut observer, Some("second")).await;
     assert_eq!(slow.landed(), 0, "void: the first announcement was not late");
     eventually("the first announcement lands", async || slow.landed() == 1).await;
