@@ -113,9 +113,10 @@ impl Leadership {
         super::check_value("announce", value.as_ref())?;
         self.check_in("announce")?;
         match self.announcer.announce(value.as_ref()).await {
-            Some(outcome) => {
-                outcome.map_err(|error| error.next("it is tried again for as long as the leadership lasts"))
+            Some(Err(error)) if error.kind() != ErrorKind::SessionLost => {
+                Err(error.next("it is tried again for as long as the leadership lasts"))
             }
+            Some(outcome) => outcome,
             None => Err(self.check_in("announce").err().unwrap_or_else(|| self.held.removed("announce"))),
         }
     }

@@ -35,9 +35,10 @@
 //!
 //! # On the wire
 //! The line is the directory `election/<name>` of the namespace, with `/` in the name as `%2F`. Its tickets are in the
-//! layout of the backend's other clients where it has one: so `etcdctl elect` and Go's `concurrency` contend on etcd, and
-//! Curator's `LeaderSelector` on ZooKeeper. Such a client leads like any other, [`Election::leader`] tells its proposal, but
-//! it writes no record, so observers see nobody while it leads; and it sees our values as the JSON that they are:
+//! layout of the backend's lock clients where it has one. On etcd that is also the layout of `etcdctl elect`, which
+//! therefore contends for `<namespace>/election/<name>`; on ZooKeeper it is the one that Curator's `LeaderSelector` uses.
+//! Such a client leads like any other, and [`Election::leader`] tells its proposal; but it writes no record, so observers
+//! see nobody while it leads, and it sees our values as the JSON that they are:
 //!
 //! | what | where | value |
 //! |---|---|---|

@@ -1,4 +1,4 @@
-//! Cases about the recipes: sessions, locks, keys and values, through the layers that applications use.
+//! Cases about the recipes: sessions, locks, elections, keys and values, through the layers that applications use.
 //!
 //! Promise: as for the waist, no case knows its backend; what is counted, is counted by a layer.
 
