@@ -12,7 +12,7 @@ use std::{
 };
 
 use quorate_core::{
-    Candidate, Coordinator, ErrorKind, Leadership, SessionOptions, SessionState,
+    Candidate, Coordinator, Dir, ErrorKind, Key, Leadership, SessionOptions, SessionState, Txn, Write,
     layer::{Stack, Verb},
 };
 use quorate_memory::{Faults, Memory};
@@ -259,4 +259,51 @@ async fn a_leadership_that_the_work_kept_ends_with_the_term() {
     assert!(kept.announce("still me").await.is_err());
     assert_eq!(election.candidates().await.unwrap(), []);
     election.campaign("y").await.unwrap().resign().await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_leadership_that_the_work_kept_ends_when_the_campaign_is_dropped() {
+    let (coord, _) = coord(Memory::new());
+    let (tx, mut kept) = tokio::sync::mpsc::channel(2);
+    let election = coord.election("job");
+    let running = tokio::spawn({
+        let election = election.clone();
+        async move {
+            let tx = &tx;
+            let work = |leadership: Arc<Leadership>| async move {
+                tx.send(leadership).await.unwrap();
+                std::future::pending::<ControlFlow<()>>().await
+            };
+            election.run_while_leader("x", work).await
+        }
+    });
+    let kept = kept.recv().await.unwrap();
+    assert!(kept.is_leader());
+    running.abort();
+    let next = timeout(TTL, election.campaign("y")).await.unwrap().unwrap();
+    assert!(next.is_leader() && !kept.is_leader(), "two act as leader at once");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_observer_passes_over_an_older_term_and_tells_of_a_record_that_is_none() {
+    let store = Memory::new();
+    let (coord, _) = coord(store.client());
+    let mut observer = coord.election("job").observe().await.unwrap();
+    assert_eq!(observer.next().await.unwrap(), None);
+    let leader = coord.election("job").campaign("x").await.unwrap();
+    assert_eq!(observer.next().await.unwrap().unwrap().term, leader.term());
+    let key = Key::new(&Dir::new(["election-leader"]).unwrap(), "job").unwrap();
+    let write = async |value: &'static str| {
+        let put = Write::Put { key: key.clone(), value: value.into(), lease: None };
+        coord.backend().commit(&Txn { checks: vec![], writes: vec![put] }).await.unwrap();
+    };
+    write(r#"{"term":0,"owner":"former","value":"old"}"#).await;
+    assert!(timeout(TTL, observer.next()).await.is_err(), "terms never go back");
+    write("no record").await;
+    assert_eq!(observer.next().await.unwrap_err().kind(), ErrorKind::Corrupt);
+    let seen = coord.election("job").leader().await.unwrap().unwrap();
+    assert_eq!((&*seen.value, seen.term), ("x", leader.term()), "the ticket tells who leads");
+    // The next announcement repairs it, and the observation goes on.
+    leader.announce("y").await.unwrap();
+    assert_eq!(observer.next().await.unwrap().unwrap().value, "y");
 }

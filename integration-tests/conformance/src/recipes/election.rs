@@ -26,6 +26,7 @@ cases!("election":
     twenty_candidates_lead_once_each_and_terms_never_go_back,
     a_dropped_leadership_resigns_and_takes_its_record_along,
     a_deposed_leader_cannot_announce_and_leaves_no_record,
+    a_leader_whose_ticket_was_removed_cannot_announce_and_leaves_no_record,
     a_fenced_write_of_a_former_leader_is_refused,
     bad_names_and_values_are_refused_before_anything_is_sent,
     hostile_election_names_never_collide,
@@ -324,13 +325,28 @@ async fn a_deposed_leader_cannot_announce_and_leaves_no_record(clients: Arc<dyn 
     sleep(QUIET).await;
     let seen = b.election("job").leader().await.expect("a look").expect("somebody leads");
     assert_eq!((&*seen.value, seen.term), ("new", new.term()));
-    // A ticket that is taken out without its record, by somebody who knows nothing of records.
+    new.resign().await.expect("resigned");
+}
+
+/// A ticket is taken out without its record, by somebody who knows nothing of records.
+async fn a_leader_whose_ticket_was_removed_cannot_announce_and_leaves_no_record(clients: Arc<dyn Clients>) {
+    let (a, b) = (coord(&clients).await, coord(&clients).await);
     let line = Dir::new(["election", "job"]).expect("valid");
-    let ticket = b.backend().line(&line).await.expect("a look").tickets.remove(0);
-    let txn = quorate_core::Txn { checks: Vec::new(), writes: vec![quorate_core::Write::Leave(ticket)] };
-    b.backend().commit(&txn).await.expect("removed");
-    drop(new);
-    is_traceless(&a, "job").await;
+    for notices in [false, true] {
+        let leader = lead(&a.election("job"), "x").await;
+        leader.announce("y").await.expect("announced");
+        let ticket = b.backend().line(&line).await.expect("a look").tickets.remove(0);
+        let txn = quorate_core::Txn { checks: Vec::new(), writes: vec![quorate_core::Write::Leave(ticket)] };
+        b.backend().commit(&txn).await.expect("removed");
+        assert_eq!(b.election("job").leader().await.expect("a look"), None, "a record without a ticket is no leader");
+        if notices {
+            within(SOON, "the leader learns of it", leader.lost()).await;
+        }
+        // Nobody has touched the record: it is the ticket that counts.
+        refused(leader.announce("still me").await, ErrorKind::SessionLost, "an announcement without a ticket");
+        drop(leader);
+        is_traceless(&b, "job").await;
+    }
 }
 
 async fn a_fenced_write_of_a_former_leader_is_refused(clients: Arc<dyn Clients>) {
