@@ -111,11 +111,13 @@ async fn observers_see_each_leader_as_it_changes(clients: Arc<dyn Clients>) {
         leading = Some(leader);
     }
     // Nobody takes over from the last one, which ends without resigning: what it said of itself ends with its session.
-    leading.expect("the last one").session().close().await.expect("closed");
+    let last = leading.expect("the last one");
+    last.session().close().await.expect("closed");
     for observer in &mut observers {
         assert_eq!(sees(observer).await, None);
         assert!(observer.is_current());
     }
+    assert!(!last.is_leader());
 }
 
 async fn a_fresh_observer_sees_the_leader_and_its_announcements_in_order(clients: Arc<dyn Clients>) {
