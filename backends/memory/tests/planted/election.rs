@@ -19,7 +19,6 @@ pub(crate) const PLANTED_UNDER_ELECTIONS: &[(Flaw, &[&str])] = &[
     (FrontsHaveNoValue, &["the_leader_and_the_candidates_are_known_until_nobody_stands"]),
     (LinesFoldCase, &["hostile_election_names_never_collide"]),
     (NamesFoldCase, &["hostile_election_names_never_collide"]),
-    (NonceIsIgnored, &["gained_and_lost_alternate_under_chaos"]),
     (LeasesNeverEnd, &["a_dead_leader_is_followed_after_its_ttl_and_observers_see_it"]),
     (LeasesEndEarly, &["a_dead_leader_is_followed_after_its_ttl_and_observers_see_it"]),
     (LeasesShareAName, &["observers_see_each_leader_as_it_changes"]),
