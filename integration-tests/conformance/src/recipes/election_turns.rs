@@ -351,7 +351,7 @@ async fn one_resignation_wakes_one_of_a_hundred_candidates(clients: Arc<dyn Clie
             tx.send(leader).await.expect("the case listens");
         }));
         // Not all at once: some servers count the connections that one machine makes.
-        if waiters.len() % BATCH == 0 {
+        if waiters.len().is_multiple_of(BATCH) {
             until_standing(&holder, "job", waiters.len() + 1).await;
         }
     }
