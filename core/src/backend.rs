@@ -9,7 +9,7 @@
 //! | lock | `enqueue`, `look`, `gone`; release is a `commit` with [`Write::Leave`] |
 //! | read–write lock | the same line with [`TicketKind::Read`] and [`TicketKind::Write`]; a reader waits for the nearest writer ahead |
 //! | semaphore | a line; a ticket with fewer than *n* ahead is in |
-//! | election | a line whose front leads; the value is the proposal |
+//! | election | a line whose front leads; its record is a `commit` with [`Check::Standing`], `watch` shows it |
 //! | fenced write | `commit` with [`Check::Standing`] |
 //! | membership, discovery | `commit` of keys on a lease, `watch` of their directory |
 //! | heartbeats, recovery | `commit` of keys on no lease, each beat with [`Check::Unchanged`]; `watch` of their directory; a lock per death |

@@ -16,6 +16,7 @@ use futures_util::{
 
 use crate::{
     backend::{Backend, Profile},
+    election::Election,
     error::{Error, ErrorKind, Result},
     heartbeat::HeartbeatGroup,
     key::Dir,
@@ -73,6 +74,11 @@ impl Coordinator {
     /// A group of peers that watch over each other by heartbeats. A bad name is refused at the first use.
     pub fn heartbeat(&self, group: &str) -> HeartbeatGroup {
         HeartbeatGroup::new(self.clone(), group)
+    }
+
+    /// An election by name. Any name from 1 to [`MAX_NAME`](crate::MAX_NAME) bytes; others are refused at the first use.
+    pub fn election(&self, name: &str) -> Election {
+        Election::new(self.clone(), name)
     }
 
     /// Keys and values.

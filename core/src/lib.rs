@@ -10,6 +10,7 @@ pub mod config;
 pub mod coordinator;
 pub mod detect;
 pub mod discovery;
+pub mod election;
 pub mod endpoints;
 pub mod error;
 pub mod group;
@@ -24,12 +25,16 @@ pub mod presence;
 pub mod session;
 pub mod watch;
 
+mod line;
+
 pub use backend::{
     Backend, Check, Commit, Enqueue, Entry, Fencing, Front, Lease, LeaseId, Line, Nonce, Place, Profile, Revision,
     Snapshot, Ticket, TicketKind, Txn, Write,
 };
 pub use config::{Config, Secret, Tls};
 pub use coordinator::Coordinator;
+pub use discovery::{Instance, Registration, Service};
+pub use election::{Candidate, Election, Leader, Leadership};
 pub use error::{Error, ErrorKind, Result};
 pub use key::{Dir, Key, KeyRange, MAX_NAME};
 pub use kv::{Kv, KvEvent, Swap, TxnOutcome};

@@ -71,7 +71,10 @@ fn conformance(
     exact: bool,
 ) -> Outcome<BTreeMap<String, Row>> {
     headline("conformance cases on real servers");
-    let results = run::root().join("target").join(format!("conformance-{}.tsv", std::process::id()));
+    // Not there yet if CARGO_TARGET_DIR points elsewhere.
+    let folder = run::root().join("target");
+    std::fs::create_dir_all(&folder).map_err(|e| format!("{} cannot be made: {e}", folder.display()))?;
+    let results = folder.join(format!("conformance-{}.tsv", std::process::id()));
     let names: Vec<_> = backends.iter().map(|b| b.name()).collect();
     let mut command = cargo(&["test", "-p", "quorate-integration-tests", "--test", "conformance", "--"]);
     command.env("QUORATE_RESULTS", &results).env("QUORATE_BACKENDS", names.join(","));

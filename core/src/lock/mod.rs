@@ -13,7 +13,6 @@
 //! the layout of the backend's other clients where it has one. A ticket's value is JSON:
 //! `{"owner":"4711@host","since_ms":1700000000000}`, where `since_ms` is the owner's wall clock when it joined.
 
-mod acquire;
 mod guard;
 mod multi;
 
@@ -25,14 +24,17 @@ use std::{
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-pub use guard::{Fence, LockGuard};
+pub use guard::LockGuard;
 pub use multi::{MultiGuard, MultiLock};
+
+pub use crate::line::Fence;
 
 use crate::{
     backend::{Front, Revision},
     coordinator::Coordinator,
     error::{ErrorKind, Result},
     key::Dir,
+    line::{Wish, join, wait_turn, wall_clock_ms},
     session::Session,
 };
 
@@ -143,7 +145,7 @@ impl Lock {
     /// # Cancel safety
     /// May be dropped at any point: the place in the line is given up in the background.
     pub async fn acquire(&self) -> Result<LockGuard> {
-        acquire::acquire(self, &AtomicBool::new(false)).await
+        self.stand_and_wait(&AtomicBool::new(false)).await
     }
 
     /// Waits in line for at most `limit`; `None` if it was not granted by then. Zero is one attempt without
@@ -161,7 +163,7 @@ impl Lock {
         }
         let stood = AtomicBool::new(false);
         // Dropping the attempt is safe at any point, so the limit needs no help from it.
-        match tokio::time::timeout(limit, acquire::acquire(self, &stood)).await {
+        match tokio::time::timeout(limit, self.stand_and_wait(&stood)).await {
             Ok(guard) => guard.map(Some),
             Err(_) if stood.load(Ordering::Acquire) => Ok(None),
             Err(_) => {
@@ -180,7 +182,13 @@ impl Lock {
     /// # Cancel safety
     /// As for [`acquire`](Self::acquire).
     pub async fn try_acquire(&self) -> Result<Option<LockGuard>> {
-        acquire::try_acquire(self).await
+        let session = self.checked_session().await?;
+        let Some(claim) = join(&self.wish(&session)?, &session, true).await? else { return Ok(None) };
+        if claim.place().ahead.is_empty() {
+            return claim.granted(session).map(|held| Some(LockGuard::new(held)));
+        }
+        claim.give_up().await?;
+        Ok(None)
     }
 
     /// Who holds the lock, since when, and how many wait.
@@ -245,7 +253,29 @@ impl Lock {
         self.line.as_ref().map_err(Clone::clone)
     }
 
-    async fn session(&self) -> Result<Session> {
+    /// Waits until the lock is held. `stood` turns true once there is a place in the line.
+    async fn stand_and_wait(&self, stood: &AtomicBool) -> Result<LockGuard> {
+        let session = self.checked_session().await?;
+        loop {
+            let wish = self.wish(&session)?;
+            if let Some(claim) = join(&wish, &session, false).await? {
+                stood.store(true, Ordering::Release);
+                if let Some(claim) = wait_turn(claim).await? {
+                    return claim.granted(session).map(LockGuard::new);
+                }
+            }
+            // Somebody removed our ticket while the session lives: we lost our place, not our wish.
+            tracing::warn!(line = %wish.line, "our ticket was removed by somebody else; joining the line again");
+        }
+    }
+
+    fn wish(&self, session: &Session) -> Result<Wish<'_>> {
+        Ok(Wish { line: self.line()?, value: ticket_value(session.owner()), operation: "acquire", what: "lock" })
+    }
+
+    /// The session, if the name is good: a bad one is refused before anything is sent.
+    async fn checked_session(&self) -> Result<Session> {
+        self.line()?;
         match &self.session {
             Some(session) => session.check().map(|()| session.clone()),
             None => self.coord.session().await,
@@ -255,12 +285,6 @@ impl Lock {
 
 /// What others may read of a ticket of this session that joins now.
 fn ticket_value(owner: &str) -> Bytes {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let value = TicketValue { owner: owner.into(), since_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX) };
+    let value = TicketValue { owner: owner.into(), since_ms: wall_clock_ms() };
     serde_json::to_vec(&value).expect("a string and a number are always JSON").into()
-}
-
-/// Whether an error of a look or a wait is worth waiting out for as long as the session lives.
-fn passing(kind: ErrorKind) -> bool {
-    matches!(kind, ErrorKind::Unavailable | ErrorKind::Ambiguous | ErrorKind::Backend)
 }

@@ -7,8 +7,8 @@ use std::{future::Future, time::Duration};
 
 use futures_util::future::select_all;
 
-use super::{Fence, FencingToken, Lock, LockGuard, guard::run_while};
-use crate::{error::Result, session::Session};
+use super::{Fence, FencingToken, Lock, LockGuard};
+use crate::{error::Result, line::run_while, session::Session};
 
 /// Several locks that are taken and given back together. Made by
 /// [`Coordinator::lock_all`](crate::Coordinator::lock_all).

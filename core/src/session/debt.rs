@@ -7,6 +7,7 @@
 use std::{
     collections::VecDeque,
     fmt,
+    future::Future,
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -19,8 +20,10 @@ use tokio::{sync::Notify, time::sleep};
 
 use super::{SessionCore, hold};
 use crate::{
-    backend::{Enqueue, Place, Ticket, Txn, Write},
+    backend::{Check, Enqueue, Place, Revision, Ticket, Txn, Write},
     error::{ErrorKind, Result},
+    key::KeyRange,
+    line::Traces,
 };
 
 /// How many removals are paid at once; the rest wait in the queue, in order.
@@ -38,8 +41,11 @@ pub(crate) enum Debt {
     Unsure(Arc<Enqueue>),
     /// A request that was repeated and is settled, but whose first attempt could still land.
     Later(Arc<Enqueue>),
-    /// A ticket that is no longer wanted.
-    Leave(Ticket),
+    /// Takes out a ticket that is no longer wanted. May be made again and again. If it is refused, somebody else
+    /// took the ticket, and what goes with it is to be erased.
+    Leave(Txn, Option<(Traces, Revision)>),
+    /// Keys of a hold whose ticket is gone.
+    Erase(Traces, Revision),
 }
 
 impl fmt::Debug for Debt {
@@ -48,7 +54,8 @@ impl fmt::Debug for Debt {
             Self::Joining { entry, .. } => write!(f, "Joining({})", entry.line),
             Self::Unsure(entry) => write!(f, "Unsure({})", entry.line),
             Self::Later(entry) => write!(f, "Later({})", entry.line),
-            Self::Leave(ticket) => write!(f, "Leave({ticket})"),
+            Self::Leave(txn, _) => write!(f, "Leave({txn})"),
+            Self::Erase(traces, _) => write!(f, "Erase({})", traces.record),
         }
     }
 }
@@ -131,7 +138,7 @@ impl Work {
             Debt::Joining { request, entry } => {
                 self.waits.push(Box::pin(async move {
                     match request.await {
-                        Ok(Some(place)) => Some(Debt::Leave(place.ticket)),
+                        Ok(Some(place)) => Some(Debt::Leave(leaving(place.ticket), None)),
                         Err(error) if error.kind() == ErrorKind::Ambiguous => Some(Debt::Unsure(entry)),
                         // Surely nothing is there.
                         Ok(None) | Err(_) => None,
@@ -149,7 +156,7 @@ impl Work {
                 }
                 core.debts.open.fetch_sub(1, Ordering::Relaxed);
             }
-            debt @ (Debt::Unsure(_) | Debt::Leave(_)) => self.queue.push_back(debt),
+            debt @ (Debt::Unsure(_) | Debt::Leave(..) | Debt::Erase(..)) => self.queue.push_back(debt),
         }
     }
 
@@ -160,7 +167,13 @@ impl Work {
             let core = core.clone();
             self.removals.push(Box::pin(async move {
                 match debt {
-                    Debt::Leave(ticket) => leave(&core, &ticket).await,
+                    Debt::Leave(txn, traces) => {
+                        let left = leave(&core, &txn).await;
+                        if let Some((traces, token)) = traces.filter(|_| !left) {
+                            erase(&core, &traces, token).await;
+                        }
+                    }
+                    Debt::Erase(traces, token) => erase(&core, &traces, token).await,
                     Debt::Unsure(entry) => find_and_leave(&core, &entry).await,
                     Debt::Joining { .. } | Debt::Later(_) => {}
                 }
@@ -228,20 +241,54 @@ async fn find_and_leave(core: &SessionCore, entry: &Enqueue) {
             },
         }
     };
-    leave(core, &ticket).await;
+    leave(core, &leaving(ticket)).await;
     if again {
         core.debts.owe(Debt::Later(Arc::new(entry)));
     }
 }
 
-async fn leave(core: &SessionCore, ticket: &Ticket) {
-    let txn = Txn { checks: Vec::new(), writes: vec![Write::Leave(ticket.clone())] };
+fn leaving(ticket: Ticket) -> Txn {
+    Txn { checks: Vec::new(), writes: vec![Write::Leave(ticket)] }
+}
+
+/// Whether it was applied; `false` also if it never can be.
+async fn leave(core: &SessionCore, txn: &Txn) -> bool {
+    until_answered(core, || core.backend.commit(txn)).await.is_some_and(|commit| commit.applied)
+}
+
+/// Deletes what a hold left in the store, and nothing of a later one.
+async fn erase(core: &SessionCore, traces: &Traces, token: Revision) {
+    if let Some(own) = &traces.own {
+        leave(core, &Txn { checks: Vec::new(), writes: vec![Write::Delete(own.clone())] }).await;
+    }
+    let range = KeyRange::One(traces.record.clone());
+    let Some(now) = until_answered(core, || core.backend.read(&range)).await else { return };
+    if let Some(record) = now.entries.first().filter(|record| term(&record.value) == Some(token.0)) {
+        // Refused, it was written again: by a later holder, as the ticket that fences our own writes is gone.
+        let check = Check::Unchanged { key: traces.record.clone(), modified: record.modified };
+        leave(core, &Txn { checks: vec![check], writes: vec![Write::Delete(traces.record.clone())] }).await;
+    }
+}
+
+fn term(record: &[u8]) -> Option<u64> {
+    #[derive(serde::Deserialize)]
+    struct Of {
+        term: u64,
+    }
+    serde_json::from_slice::<Of>(record).ok().map(|of| of.term)
+}
+
+/// Makes a call until the server has answered it; `None` if it never will.
+async fn until_answered<T, F>(core: &SessionCore, call: impl Fn() -> F) -> Option<T>
+where
+    F: Future<Output = Result<T>>,
+{
     let mut wait = Backoff::default();
     loop {
-        match core.backend.commit(&txn).await {
-            Ok(_) => return,
+        match call().await {
+            Ok(answer) => return Some(answer),
             Err(error) => match error.kind() {
-                ErrorKind::SessionLost | ErrorKind::InvalidInput | ErrorKind::Unsupported => return,
+                ErrorKind::SessionLost | ErrorKind::InvalidInput | ErrorKind::Unsupported => return None,
                 _ => wait.after(core, &error).await,
             },
         }

@@ -49,6 +49,11 @@ impl Hold {
         self.state.load(Ordering::Acquire) == HELD
     }
 
+    /// Whether somebody else took the ticket away.
+    pub(crate) fn was_taken(&self) -> bool {
+        self.state.load(Ordering::Acquire) == LOST
+    }
+
     /// Ends the hold by its owner's wish. `false` if it was lost before, or released.
     pub(crate) fn release(&self) -> bool {
         self.finish(RELEASED)

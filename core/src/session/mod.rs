@@ -253,6 +253,8 @@ pub(crate) struct SessionCore {
     over: AtomicBool,
     orphaned: AtomicBool,
     state: watch::Sender<SessionState>,
+    /// How often it became `Suspect`: tells also of a suspicion that was taken back before anybody looked.
+    suspicions: AtomicU64,
     stop: Notify,
     pub(crate) debts: debt::Debts,
     holds: hold::Holds,
@@ -277,6 +279,7 @@ impl SessionCore {
             over: AtomicBool::new(false),
             orphaned: AtomicBool::new(false),
             state: watch::Sender::new(SessionState::Live),
+            suspicions: AtomicU64::new(0),
             stop: Notify::new(),
             debts: debt::Debts::default(),
             holds: hold::Holds::default(),
@@ -332,9 +335,44 @@ impl SessionCore {
             let change = *now != state && matches!(now, SessionState::Live | SessionState::Suspect);
             if change {
                 *now = state;
+                if state == SessionState::Suspect {
+                    self.suspicions.fetch_add(1, Ordering::AcqRel);
+                }
             }
             change
         });
+    }
+
+    /// How often the session has become suspect so far.
+    pub(crate) fn suspicions(&self) -> u64 {
+        self.suspicions.load(Ordering::Acquire)
+    }
+
+    /// Returns when the session has become suspect more often than `seen`, or is over.
+    pub(crate) async fn suspected(&self, seen: u64) {
+        let mut states = self.state.subscribe();
+        // Counted before the state is told, so no suspicion falls between a look and a wait.
+        while self.suspicions() == seen && self.is_live() {
+            tokio::select! {
+                _ = states.changed() => {}
+                () = tokio::time::sleep_until(self.deadline()) => {}
+            }
+        }
+    }
+
+    /// Returns when the session is not suspect, with the count of suspicions so far, or when it is over.
+    pub(crate) async fn unsuspected(&self) -> u64 {
+        let mut states = self.state.subscribe();
+        loop {
+            let seen = self.suspicions();
+            if *states.borrow_and_update() != SessionState::Suspect || !self.is_live() {
+                return seen;
+            }
+            tokio::select! {
+                _ = states.changed() => {}
+                () = tokio::time::sleep_until(self.deadline()) => {}
+            }
+        }
     }
 
     /// Ends the session for good; the first call decides how.

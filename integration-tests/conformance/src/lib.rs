@@ -107,7 +107,7 @@ pub fn waist_cases() -> Vec<Case> {
     .concat()
 }
 
-/// Every case about the recipes that stand on the waist: sessions, locks, keys and values.
+/// Every case about the recipes that stand on the waist: sessions, locks, elections, keys and values.
 ///
 /// A backend that passes [`waist_cases`] should pass these without a change; they are slower.
 pub fn recipe_cases() -> Vec<Case> {

@@ -1,19 +1,25 @@
-//! etcd's own lock client and ours, on the same lock.
+//! etcd's own clients and ours, on the same lock and in the same election.
 
 use std::{net::SocketAddr, process::Stdio, sync::Arc};
 
-use quorate_core::{Backend as _, TicketKind};
-use tokio::process::{Child, Command};
+use quorate_core::{Backend as _, Coordinator, SessionOptions, TicketKind};
+use tokio::{
+    io::AsyncReadExt as _,
+    process::{Child, Command},
+};
 
 use super::support::{connect, join, lease, leave, line, received, server, spawn_gone, until, within};
 
 /// `etcdctl lock`, which holds the lock while a command runs, or without one until a signal comes.
 fn etcdctl_lock(addr: SocketAddr, name: &str, command: &[&str]) -> Child {
+    etcdctl(addr, &[&["lock", name], command].concat())
+}
+
+fn etcdctl(addr: SocketAddr, words: &[&str]) -> Child {
     Command::new("etcdctl")
         .env("ETCDCTL_API", "3")
         .arg(format!("--endpoints=http://{addr}"))
-        .args(["lock", name])
-        .args(command)
+        .args(words)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .kill_on_drop(true)
@@ -67,4 +73,50 @@ async fn a_lock_that_we_hold_keeps_etcdctl_waiting_until_we_leave() {
     assert!(output.status.success());
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "got it");
     until("etcdctl has left", || async { etcd.look(&behind.ticket, 1).await.unwrap().unwrap().ahead.is_empty() }).await;
+}
+
+#[tokio::test]
+async fn we_and_etcdctl_stand_in_the_same_election() {
+    let server = server().await;
+    let coord = Coordinator::new(Arc::new(connect(server.addr()).await), SessionOptions::default());
+    let election = coord.election("job");
+    let mut theirs = etcdctl(server.addr(), &["elect", "app/election/job", "their proposal"]);
+    until("etcdctl leads", || async { election.leader().await.unwrap().is_some() }).await;
+    let leader = election.leader().await.unwrap().unwrap();
+    assert_eq!((&*leader.value, leader.owner), ("their proposal", None));
+
+    let ours = tokio::spawn({
+        let election = election.clone();
+        async move { election.campaign("our proposal").await.unwrap() }
+    });
+    until("we wait", || async { election.candidates().await.unwrap().len() == 2 }).await;
+    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    assert!(!ours.is_finished());
+    let id = theirs.id().unwrap().to_string();
+    assert!(Command::new("kill").args(["-TERM", &id]).status().await.unwrap().success());
+    within("etcdctl ends", theirs.wait()).await.unwrap();
+    let ours = within("we lead", ours).await.unwrap();
+    assert!(ours.term() > leader.term);
+
+    // Its observer sees us, with what our ticket says; its candidate waits for us.
+    let mut seen = String::new();
+    let mut listening = etcdctl(server.addr(), &["elect", "-l", "app/election/job"]);
+    let mut output = listening.stdout.take().unwrap();
+    let reading = async {
+        while !seen.contains("our proposal") {
+            let mut some = [0; 512];
+            let count = output.read(&mut some).await.unwrap();
+            assert!(count > 0, "etcdctl has ended");
+            seen.push_str(&String::from_utf8_lossy(&some[..count]));
+        }
+    };
+    within("etcdctl sees our proposal", reading).await;
+    let mut waiting = etcdctl(server.addr(), &["elect", "app/election/job", "again"]);
+    until("etcdctl waits", || async { election.candidates().await.unwrap().len() == 2 }).await;
+    assert_eq!(election.leader().await.unwrap().unwrap().value, "our proposal");
+    ours.resign().await.unwrap();
+    until("etcdctl leads", || async { election.leader().await.unwrap().is_some_and(|l| l.value == "again") }).await;
+    for child in [&mut waiting, &mut listening] {
+        child.kill().await.unwrap();
+    }
 }

@@ -1,6 +1,7 @@
 //! Does the conformance suite find what it is there to find? A backend with one flaw at a time is put before it.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod election;
 mod flawed;
 mod table;
 
@@ -74,7 +75,7 @@ fn every_planted_flaw_is_found_by_the_case_that_names_the_promise() {
         }
     }
     // The recipes are slower, so only the cases that must notice are run.
-    for (flaw, by) in table::PLANTED_UNDER_RECIPES {
+    for (flaw, by) in table::PLANTED_UNDER_RECIPES.iter().chain(election::PLANTED_UNDER_ELECTIONS) {
         let named = |case: &Case| by.contains(&case.name);
         let cases: Vec<_> = recipe_cases().into_iter().filter(named).collect();
         assert_eq!(cases.len(), by.len(), "not all of these are cases: {by:?}");

@@ -34,10 +34,10 @@ cases!("cancel":
 );
 
 /// More polls than any of these futures needs.
-const MOST: usize = 200;
+pub(super) const MOST: usize = 200;
 
 /// Polls `work` up to `polls` times and drops it; the output if it ended by then.
-async fn poll_times<F: Future>(work: F, polls: usize) -> Option<F::Output> {
+pub(super) async fn poll_times<F: Future>(work: F, polls: usize) -> Option<F::Output> {
     let mut work = pin!(work);
     let mut left = polls;
     poll_fn(|cx| {
@@ -57,7 +57,7 @@ async fn poll_times<F: Future>(work: F, polls: usize) -> Option<F::Output> {
 }
 
 /// The same for a future that may wait for ever.
-async fn poll_waiting<F: Future>(work: F, polls: usize) {
+pub(super) async fn poll_waiting<F: Future>(work: F, polls: usize) {
     let _ = tokio::time::timeout(Duration::from_millis(20), poll_times(work, polls)).await;
 }
 
@@ -90,14 +90,14 @@ const SESSION: Duration = Duration::from_secs(30);
 
 /// A client whose requests and replies take their time, so that a call can be dropped before, while and after
 /// the server works on it, also where the server is this process.
-async fn slow(clients: &Arc<dyn Clients>) -> Arc<dyn Backend> {
+pub(super) async fn slow(clients: &Arc<dyn Clients>) -> Arc<dyn Backend> {
     let always = |fault| Rule { fault, probability: 1.0, verbs: Vec::new() };
     let pause = Duration::from_millis(3);
     let rules = vec![always(Fault::Delay(pause)), always(Fault::DelayReply(pause))];
     super::standard(Stack::new(client(clients).await).with(Chaos::new(5, rules)).build())
 }
 
-async fn slow_coord(clients: &Arc<dyn Clients>) -> Coordinator {
+pub(super) async fn slow_coord(clients: &Arc<dyn Clients>) -> Coordinator {
     coord_over(slow(clients).await, SESSION)
 }
 

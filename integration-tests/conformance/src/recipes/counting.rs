@@ -36,16 +36,16 @@ impl Counted {
         self.counts.lock().expect("no poison").get(&verb).map_or(0, |c| c.0)
     }
 
-    fn returned(&self, verb: Verb) -> usize {
+    pub(crate) fn returned(&self, verb: Verb) -> usize {
         self.counts.lock().expect("no poison").get(&verb).map_or(0, |c| c.1)
     }
 
-    fn reset(&self) {
+    pub(crate) fn reset(&self) {
         self.counts.lock().expect("no poison").clear();
     }
 
     /// Every call but those of the session's own life.
-    fn work(&self) -> HashMap<Verb, usize> {
+    pub(crate) fn work(&self) -> HashMap<Verb, usize> {
         let counts = self.counts.lock().expect("no poison");
         let of_sessions = [Verb::Grant, Verb::Renew, Verb::Revoke];
         counts.iter().filter(|(verb, _)| !of_sessions.contains(verb)).map(|(verb, c)| (*verb, c.0)).collect()
@@ -125,7 +125,7 @@ async fn one_release_wakes_one_of_two_hundred_waiters(clients: Arc<dyn Clients>)
 }
 
 /// A counted client that has not touched the lock, whose holder is somebody else.
-async fn counted_waiters(clients: &Arc<dyn Clients>) -> (Coordinator, Counted) {
+pub(super) async fn counted_waiters(clients: &Arc<dyn Clients>) -> (Coordinator, Counted) {
     let counted = Counted::default();
     let backend = Stack::new(client(clients).await).with(counted.clone()).standard(Duration::from_secs(20)).build();
     let coord = coord_over(backend, Duration::from_secs(60));

@@ -32,23 +32,34 @@ cases!("late":
 /// How late.
 const LATE: Duration = Duration::from_millis(600);
 
-/// The next joins are answered with doubt at once, and arrive at the server when nobody expects them any more.
+/// The next joins or commits are answered with doubt at once, and arrive at the server when nobody expects them any
+/// more.
 #[derive(Debug)]
-struct Slow {
+pub(super) struct Slow {
     inner: Arc<dyn Backend>,
-    next: AtomicUsize,
+    joins: AtomicUsize,
+    commits: AtomicUsize,
     landed: Arc<AtomicUsize>,
 }
 
 impl Slow {
     async fn over(clients: &Arc<dyn Clients>, joins: usize) -> Arc<Self> {
-        let inner = client(clients).await;
-        Arc::new(Self { inner, next: AtomicUsize::new(joins), landed: Arc::default() })
+        let (inner, joins) = (client(clients).await, AtomicUsize::new(joins));
+        Arc::new(Self { inner, joins, commits: AtomicUsize::default(), landed: Arc::default() })
     }
 
-    fn landed(&self) -> usize {
+    pub(super) async fn commits(clients: &Arc<dyn Clients>, commits: usize) -> Arc<Self> {
+        let (inner, commits) = (client(clients).await, AtomicUsize::new(commits));
+        Arc::new(Self { inner, joins: AtomicUsize::default(), commits, landed: Arc::default() })
+    }
+
+    pub(super) fn landed(&self) -> usize {
         self.landed.load(Ordering::Acquire)
     }
+}
+
+fn one_of(next: &AtomicUsize) -> bool {
+    next.fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| left.checked_sub(1)).is_ok()
 }
 
 #[async_trait]
@@ -69,14 +80,22 @@ impl Backend for Slow {
         self.inner.read(range).await
     }
     async fn commit(&self, txn: &Txn) -> Result<Commit> {
-        self.inner.commit(txn).await
+        if !one_of(&self.commits) {
+            return self.inner.commit(txn).await;
+        }
+        let (inner, txn, landed) = (self.inner.clone(), txn.clone(), self.landed.clone());
+        tokio::spawn(async move {
+            sleep(LATE).await;
+            let _ = inner.commit(&txn).await;
+            landed.fetch_add(1, Ordering::AcqRel);
+        });
+        Err(Error::new(ErrorKind::Ambiguous, "commit", "given up on purpose"))
     }
     async fn watch(&self, range: &KeyRange) -> Result<Watch> {
         self.inner.watch(range).await
     }
     async fn enqueue(&self, entry: &Enqueue) -> Result<Option<Place>> {
-        let late = self.next.fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| left.checked_sub(1)).is_ok();
-        if !late {
+        if !one_of(&self.joins) {
             return self.inner.enqueue(entry).await;
         }
         let (inner, entry, landed) = (self.inner.clone(), entry.clone(), self.landed.clone());

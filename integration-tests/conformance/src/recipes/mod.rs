@@ -1,4 +1,4 @@
-//! Cases about the recipes: sessions, locks, keys and values, through the layers that applications use.
+//! Cases about the recipes: sessions, locks, elections, keys and values, through the layers that applications use.
 //!
 //! Promise: as for the waist, no case knows its backend; what is counted, is counted by a layer.
 
@@ -6,6 +6,9 @@ mod cancel;
 mod chaos;
 mod counting;
 mod discovery;
+mod election;
+mod election_faults;
+mod election_turns;
 mod events;
 mod fairness;
 mod group;
@@ -44,6 +47,9 @@ pub(crate) fn cases() -> Vec<Case> {
         partition::cases(),
         heartbeat::cases(),
         recovery::cases(),
+        election::cases(),
+        election_turns::cases(),
+        election_faults::cases(),
     ]
     .concat()
 }
