@@ -51,7 +51,7 @@ pub use eject::Ejection;
 pub use load::PeakEwma;
 pub use pick::Pick;
 
-use crate::discovery::Instance;
+use crate::discovery::{Instance, Service};
 use roster::{Roster, View};
 
 /// Spreads requests over the instances of a service. Cheap to clone; all clones are one balancer.
@@ -88,6 +88,17 @@ struct Inner {
     /// wait for it.
     roster: Mutex<Roster>,
     settings: Arc<Settings>,
+    /// The task that hands over a service's instances. It knows the balancer by a weak reference only.
+    following: Mutex<Option<Following>>,
+}
+
+/// Ends the task with the value.
+struct Following(tokio::task::AbortHandle);
+
+impl Drop for Following {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 #[derive(Debug)]
@@ -138,7 +149,8 @@ impl Builder {
         let Self { strategy, zone, ejection } = self;
         let settings = Arc::new(Settings { strategy, zone, ejection, epoch: Instant::now() });
         let roster = Mutex::default();
-        Balancer { inner: Arc::new(Inner { view: ArcSwap::default(), roster, settings }) }
+        let following = Mutex::default();
+        Balancer { inner: Arc::new(Inner { view: ArcSwap::default(), roster, settings, following }) }
     }
 }
 
@@ -162,6 +174,25 @@ impl Balancer {
         let mut roster = self.inner.roster();
         roster.set(instances, &self.inner);
         self.inner.show(&mut roster, Instant::now());
+    }
+
+    /// Picks among the instances of a service from now on: those that it knows when this returns, and then whatever
+    /// changes, until the last clone of the balancer is dropped or another service is followed. Must be called within a
+    /// runtime.
+    ///
+    /// While the coordinator cannot be reached, picks go on among the last good set.
+    pub fn follow(&self, service: &Service) {
+        self.set(service.now().iter().cloned());
+        let (mut service, inner) = (service.clone(), Arc::downgrade(&self.inner));
+        let task = tokio::spawn(async move {
+            loop {
+                let now = service.changed().await;
+                let Some(inner) = inner.upgrade() else { return };
+                Self { inner }.set(now.iter().cloned());
+            }
+        });
+        let following = Following(task.abort_handle());
+        *self.inner.following.lock().unwrap_or_else(PoisonError::into_inner) = Some(following);
     }
 
     /// Picks an instance; `None` if none may be picked now.

@@ -10,6 +10,7 @@ use std::{
 
 use quorate_core::{
     Coordinator, Error, ErrorKind, KeyRange, Result,
+    balance::{Balancer, Strategy},
     discovery::{DiscoverOptions, Health, Instance, Instances, PresenceState, Registry, Service, service_dir},
     layer::{Op, Stack, Wrap},
 };
@@ -37,6 +38,7 @@ cases!("discovery":
     a_record_that_cannot_be_read_is_left_out_and_told,
     many_instances_are_found_completely,
     bystanders_of_a_closing_coordinator_stay,
+    a_balancer_follows_a_service,
 );
 
 /// At once what the server shows: the cases do not wait for what may come back.
@@ -363,4 +365,25 @@ async fn bystanders_of_a_closing_coordinator_stay(clients: Arc<dyn Clients>) {
     a.close().await.expect("closed");
     assert_eq!(ids(&until(&orders, "one", |now| now.len() == 1).await), ["2"]);
     eventually("the registration is told", async || matches!(gone.state(), PresenceState::Closed)).await;
+}
+
+async fn a_balancer_follows_a_service(clients: Arc<dyn Clients>) {
+    let (a, b) = (coord(&clients).await, coord(&clients).await);
+    let orders = follow(&b, "orders").await;
+    let balancer = Balancer::new(Strategy::RoundRobin);
+    balancer.follow(&orders);
+    assert!(balancer.pick().is_none(), "no instance is a value");
+    let picked = |count: usize| {
+        let mut ids: Vec<String> = (0..count).filter_map(|_| balancer.pick().map(|pick| pick.id.clone())).collect();
+        ids.sort();
+        ids.dedup();
+        ids
+    };
+    let one = registered(&a, Instance::new("orders", "h:1").id("1")).await;
+    let two = registered(&a, Instance::new("orders", "h:2").id("2")).await;
+    eventually("both are picked", async || picked(4) == ["1", "2"]).await;
+    one.drain().expect("draining is an update");
+    eventually("what drains is left out", async || picked(4) == ["2"]).await;
+    two.close().await.expect("closed");
+    eventually("nobody is left", async || picked(4).is_empty()).await;
 }
