@@ -58,6 +58,27 @@ pub(crate) const PLANTED_UNDER_RECIPES: &[(Flaw, &[&str])] = &[
         ],
     ),
     (WatchStartsWithoutReset, &["a_watch_tells_names_as_they_were_written"]),
+    (
+        WatchMissesDeletions,
+        &[
+            "a_dropped_registration_is_withdrawn",
+            "each_event_is_told_once_and_only_news_are_told",
+            "partitions_of_a_dead_member_are_taken_over",
+        ],
+    ),
+    (WatchKeepsTheLastChange, &["the_last_of_many_updates_is_what_is_found", "a_balancer_follows_a_service"]),
+    (WatchTellsOldVersionsAgain, &["the_last_of_many_updates_is_what_is_found"]),
+    (LeasesNeverEnd, &["a_dead_process_is_found_until_its_ttl_and_not_longer", "a_dead_member_leaves_after_its_ttl"]),
+    (LeasesEndEarly, &["a_dead_process_is_found_until_its_ttl_and_not_longer"]),
+    (
+        RevokeDoesNothing,
+        &["bystanders_of_a_closing_coordinator_stay", "a_lost_session_is_followed_by_a_new_registration"],
+    ),
+    (FirstLeaseKeepsTheKey, &["a_restarted_member_replaces_its_former_self"]),
+    (
+        NobodyIsEverAhead,
+        &["partitions_are_spread_evenly_and_never_owned_twice", "the_next_owner_starts_when_the_old_one_has_finished"],
+    ),
 ];
 
 /// Each flaw, with cases that must notice it.

@@ -64,7 +64,7 @@ async fn registered(coord: &Coordinator, instance: Instance) -> quorate_core::di
 
 /// Sends nothing any more once it is dead.
 #[derive(Debug)]
-struct Mortal(Arc<AtomicBool>);
+pub(super) struct Mortal(pub(super) Arc<AtomicBool>);
 
 impl Wrap for Mortal {
     async fn call<'a, T, F, Fut>(&'a self, op: Op<'a>, call: F) -> Result<T>

@@ -1,18 +1,22 @@
 //! Groups: joining, changing, leaving, and who is told what.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
 use bytes::Bytes;
 use quorate_core::{
     Coordinator, ErrorKind,
     group::{Group, GroupEvent, GroupEvents, Membership},
+    layer::Stack,
 };
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
-use super::{coord, short_coord};
+use super::{coord, coord_over, discovery::Mortal, short_coord};
 use crate::{
     Clients,
-    support::{QUIET, SOON, cases, eventually, refused, within},
+    support::{QUIET, SOON, cases, client, eventually, refused, within},
 };
 
 cases!("group":
@@ -20,6 +24,7 @@ cases!("group":
     each_event_is_told_once_and_only_news_are_told,
     groups_of_similar_names_do_not_mix,
     a_dead_member_leaves_after_its_ttl,
+    a_member_on_a_new_session_is_told_as_gone_and_come,
     a_member_whose_session_was_lost_joins_again,
     a_restarted_member_replaces_its_former_self,
     an_unused_group_is_empty_and_bad_names_are_refused,
@@ -101,6 +106,24 @@ async fn groups_of_similar_names_do_not_mix(clients: Arc<dyn Clients>) {
 }
 
 async fn a_dead_member_leaves_after_its_ttl(clients: Arc<dyn Clients>) {
+    let b = coord(&clients).await;
+    let dead = Arc::new(AtomicBool::new(false));
+    let a = coord_over(Stack::new(client(&clients).await).with(Mortal(dead.clone())).build(), clients.ttl());
+    let _membership = joined(&a.group("workers"), "1", "").await;
+    let members = b.group("workers").follow().await.expect("followed");
+    within(SOON, "the member", members.until(|now| now.len() == 1)).await;
+    let mut events = members.events();
+    let session = a.session().await.expect("a session");
+    let deadline = session.deadline();
+    dead.store(true, Ordering::Release);
+    let limit = session.ttl() + b.profile().expiry_lag + SOON;
+    let event = within(limit, "its end", events.next()).await;
+    assert!(matches!(event, GroupEvent::Left(member) if member.id == "1"));
+    assert!(Instant::now() >= deadline, "gone before the session could end");
+    assert!(b.group("workers").members().await.expect("answered").is_empty());
+}
+
+async fn a_member_on_a_new_session_is_told_as_gone_and_come(clients: Arc<dyn Clients>) {
     let (a, b) = (short_coord(&clients).await, coord(&clients).await);
     let _membership = joined(&a.group("workers"), "1", "").await;
     let members = b.group("workers").follow().await.expect("followed");

@@ -78,13 +78,15 @@ async fn worker(coord: &Coordinator, count: u32, name: &'static str, ledger: &Ar
 
 async fn partitions_are_spread_evenly_and_never_owned_twice(clients: Arc<dyn Clients>) {
     const COUNT: u32 = 12;
+    // What an owner needs to finish; in it, somebody who did not wait would be seen.
+    const STEP: Duration = Duration::from_millis(30);
     let ledger = Arc::new(Ledger::default());
     let (a, b, c) = (coord(&clients).await, coord(&clients).await, coord(&clients).await);
-    let _one = worker(&a, COUNT, "a", &ledger, Duration::ZERO).await;
+    let _one = worker(&a, COUNT, "a", &ledger, STEP).await;
     eventually("all owned by one", async || ledger.share("a") == 12).await;
-    let _two = worker(&b, COUNT, "b", &ledger, Duration::ZERO).await;
+    let _two = worker(&b, COUNT, "b", &ledger, STEP).await;
     eventually("half each", async || (ledger.share("a"), ledger.share("b")) == (6, 6)).await;
-    let three = worker(&c, COUNT, "c", &ledger, Duration::ZERO).await;
+    let three = worker(&c, COUNT, "c", &ledger, STEP).await;
     let shares = || ["a", "b", "c"].map(|name| ledger.share(name));
     eventually("a third each", async || shares() == [4, 4, 4]).await;
     // A process that ends in good order: its work and its session with it.
