@@ -76,7 +76,8 @@ async fn serve(number: usize, name: &str, config: &Config, board: Shared) -> Res
     let mut share = coord.partitions("orders", PARTITIONS).join(name).await?;
     let (worker, notes) = (name.to_owned(), board.clone());
     tokio::spawn(async move {
-        while let Some(partition) = share.next().await {
+        loop {
+            let partition = share.next().await;
             let (worker, notes) = (worker.clone(), notes.clone());
             tokio::spawn(async move {
                 on(&notes).partitions.insert(partition.index(), worker);

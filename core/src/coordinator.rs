@@ -22,6 +22,7 @@ use crate::{
     key::Dir,
     kv::Kv,
     lock::{Lock, MultiLock},
+    presence::Claims,
     session::{Session, SessionOptions},
 };
 
@@ -39,6 +40,7 @@ struct Inner {
     /// The attempt to open a session that is under way: all callers share its outcome, errors included.
     opening: Mutex<Option<Shared<BoxFuture<'static, Result<Session>>>>>,
     closed: std::sync::atomic::AtomicBool,
+    claims: Claims,
 }
 
 impl Coordinator {
@@ -50,6 +52,7 @@ impl Coordinator {
             session: Mutex::default(),
             opening: Mutex::default(),
             closed: std::sync::atomic::AtomicBool::new(false),
+            claims: Claims::default(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -180,6 +183,10 @@ impl Coordinator {
             Some(session) => session.close().await,
             None => Ok(()),
         }
+    }
+
+    pub(crate) fn claims(&self) -> &Claims {
+        &self.inner.claims
     }
 
     pub(crate) fn is_closed(&self) -> bool {

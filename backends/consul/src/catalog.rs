@@ -139,6 +139,7 @@ impl Services {
             "Weights": { "Passing": instance.weight.min(WEIGHT_LIMIT), "Warning": 1 },
             "Meta": self.meta(lease, instance)?,
             "Check": {
+                "CheckID": check_id(lease, id),
                 "Name": CHECK,
                 "TTL": format!("{}ms", millis(ttl)),
                 "Status": "passing",
@@ -190,19 +191,32 @@ impl Services {
         }
         Ok(meta)
     }
+}
 
-    /// The service with that id on the agent of the lease's client.
-    async fn on_agent(&self, id: &str, agent: usize) -> Result<Option<Service>> {
-        const OP: &str = "look up";
-        let answer = self.reader.api.fetch(format!("/v1/agent/service/{}", url(id)), Some(agent)).await;
-        let answer = answer.map_err(|f| f.into_error(OP, Effect::Read).key(id))?;
-        match answer.status {
-            StatusCode::OK => serde_json::from_slice(&answer.body)
-                .map(Some)
-                .map_err(|e| error(ErrorKind::Backend, OP, "the answer describes no service").key(id).because(e)),
-            StatusCode::NOT_FOUND => Ok(None),
-            status => Err(refused(OP, Effect::Read, status, &answer.body).key(id)),
-        }
+/// The check of an instance. It names the lease, so that only the lease that registered the instance last passes it.
+pub(crate) fn check_id(lease: &LeaseId, id: &str) -> String {
+    format!("{lease}:{id}")
+}
+
+/// Takes an instance off the agent, if it still stands on this lease.
+pub(crate) async fn remove(api: &Api, agent: usize, id: &str, lease: &LeaseId) -> Result<()> {
+    match on_agent(api, id, agent).await? {
+        Some(service) if lease_of(&service).as_ref() == Some(lease) => deregister(api, id, agent).await,
+        _ => Ok(()),
+    }
+}
+
+/// The service with that id on an agent.
+async fn on_agent(api: &Api, id: &str, agent: usize) -> Result<Option<Service>> {
+    const OP: &str = "look up";
+    let answer = api.fetch(format!("/v1/agent/service/{}", url(id)), Some(agent)).await;
+    let answer = answer.map_err(|f| f.into_error(OP, Effect::Read).key(id))?;
+    match answer.status {
+        StatusCode::OK => serde_json::from_slice(&answer.body)
+            .map(Some)
+            .map_err(|e| error(ErrorKind::Backend, OP, "the answer describes no service").key(id).because(e)),
+        StatusCode::NOT_FOUND => Ok(None),
+        status => Err(refused(OP, Effect::Read, status, &answer.body).key(id)),
     }
 }
 
@@ -216,33 +230,25 @@ impl Catalog for Services {
         // disk, one after another, and renewals have to wait for that.
         if !self.leases.attach(lease, &id) {
             // The lease ended meanwhile, and did not know of it.
-            deregister(&self.reader.api, &id, agent).await.map_err(|f| f.into_error("register", Effect::Write))?;
+            remove(&self.reader.api, agent, &id, lease).await?;
             return Err(session_lost("register", lease));
         }
         Ok(())
     }
 
     async fn withdraw(&self, lease: &LeaseId, instance: &Instance) -> Result<()> {
-        const OP: &str = "deregister";
         let id = self.id(&instance.service, &instance.id);
         // Whoever has no home any more has had everything deregistered with it.
         let Some((agent, _)) = self.leases.home(lease) else { return Ok(()) };
+        remove(&self.reader.api, agent, &id, lease).await?;
         self.leases.detach(lease, &id);
-        let found = self.on_agent(&id, agent).await?;
-        if found.is_none_or(|service| lease_of(&service).as_ref() != Some(lease)) {
-            return Ok(());
-        }
-        let answer = deregister(&self.reader.api, &id, agent).await;
-        let answer = answer.map_err(|f| f.into_error(OP, Effect::Write).key(instance))?;
-        match answer.status {
-            StatusCode::OK | StatusCode::NOT_FOUND => Ok(()),
-            status => Err(refused(OP, Effect::Write, status, &answer.body).key(instance)),
-        }
+        Ok(())
     }
 
-    async fn find(&self, service: &str, id: &str) -> Result<Option<Entry>> {
-        let agent = self.reader.api.http.agent();
-        let Some(found) = self.on_agent(&self.id(service, id), agent).await? else { return Ok(None) };
+    async fn find(&self, lease: &LeaseId, service: &str, id: &str) -> Result<Option<Entry>> {
+        // Where it would be written: on another agent it could not be seen.
+        let (agent, _) = self.leases.home(lease).ok_or_else(|| session_lost("look up", lease))?;
+        let Some(found) = on_agent(&self.reader.api, &self.id(service, id), agent).await? else { return Ok(None) };
         let key = Key::new(&service_dir(service)?, id)?;
         let lease = lease_of(&found);
         let value = record_of(&found).unwrap_or_default().into();
@@ -284,8 +290,9 @@ impl Name {
         let (id, value) = match ours {
             Some(namespace) if **namespace != *self.namespace => return None,
             Some(_) => {
-                let own = format!("service:{}", service.id);
-                if found.checks.iter().any(|check| check.id == own && critical(check)) {
+                // Without its check nobody vouches for it.
+                let own = check_id(&lease_of(service)?, &service.id);
+                if !found.checks.iter().any(|check| check.id == own && !critical(check)) {
                     return None;
                 }
                 let value = record_of(service)?;

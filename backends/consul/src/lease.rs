@@ -26,6 +26,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::StreamExt as _;
 use hyper::StatusCode;
 use quorate_core::{Error, ErrorKind, Lease, LeaseId, Result};
 use serde::Deserialize;
@@ -50,6 +51,8 @@ const SESSION_TTL_MIN: Duration = Duration::from_secs(10);
 pub(crate) const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// The least that Consul accepts.
 pub(crate) const REMOVE_CRITICAL_AFTER: &str = "1m";
+/// How many instances are passed at once.
+const AT_ONCE: usize = 8;
 /// How many leases are remembered before those that nobody renews any more are forgotten.
 const REMEMBERED: usize = 256;
 
@@ -77,11 +80,17 @@ struct Home {
 }
 
 impl Home {
-    /// Takes everything off the agent that stands for the lease.
-    async fn deregister(&self, api: &Api) -> Result<(), Failure> {
-        let ids = self.service.iter().chain(&self.records);
-        let removals = ids.map(|id| deregister(api, id, self.agent));
-        futures_util::future::try_join_all(removals).await.map(drop)
+    /// Takes everything off the agent that stands for the lease: its own service, and the instances that are still its.
+    async fn deregister(&self, api: &Api, lease: &LeaseId) -> Result<()> {
+        let own = async {
+            match &self.service {
+                Some(service) => deregister(api, service, self.agent).await,
+                None => Ok(()),
+            }
+        };
+        let records = self.records.iter().map(|id| crate::catalog::remove(api, self.agent, id, lease));
+        let (own, records) = tokio::join!(own, futures_util::future::join_all(records));
+        records.into_iter().fold(own, Result::and)
     }
 }
 
@@ -201,7 +210,7 @@ impl Leases {
         }
         let Some(home) = self.homes().get(lease).cloned() else { return self.take_over(lease).await };
         let sent = Instant::now();
-        let renewal = async { tokio::join!(self.renew_session(lease, &home), self.pass_records(lease, &home)).0 };
+        let renewal = self.renew_session(lease, &home);
         let stands = match &home.service {
             Some(service) => {
                 let (renewed, passed) = tokio::join!(renewal, self.pass(OP, service, home.agent));
@@ -224,6 +233,7 @@ impl Leases {
         if let Some(home) = self.homes().get_mut(lease) {
             home.confirmed = home.confirmed.max(sent);
         }
+        self.pass_records(lease, home.agent, &home.records);
         Ok(home.ttl)
     }
 
@@ -306,30 +316,27 @@ impl Leases {
         }
     }
 
-    /// Keeps the lease's instances alive. One that the agent does not know any more is for its owner to make again.
-    async fn pass_records(&self, lease: &LeaseId, home: &Home) {
-        let passes = home.records.iter().map(async |record| match self.pass("renew", record, home.agent).await {
-            Ok(true) => {}
-            Ok(false) => self.detach(lease, record),
-            // The next renewal is in time, as for the lease itself.
-            Err(error) => tracing::debug!(%lease, %record, %error, "an instance was not renewed"),
+    /// Keeps the lease's instances alive. Apart from the renewal itself: what locks stand on does not wait for them. One
+    /// whose check is gone was replaced or removed, and is for its owner to look after.
+    fn pass_records(&self, lease: &LeaseId, agent: usize, records: &[Arc<str>]) {
+        if records.is_empty() {
+            return;
+        }
+        let checks: Vec<String> = records.iter().map(|id| crate::catalog::check_id(lease, id)).collect();
+        let api = self.api.clone();
+        in_background(api.http.settings().request_timeout, async move {
+            let passes = futures_util::stream::iter(checks).map(async |check| {
+                if let Err(error) = pass(&api, "renew", &check, agent).await {
+                    tracing::debug!(%check, %error, "an instance was not renewed");
+                }
+            });
+            passes.buffer_unordered(AT_ONCE).collect::<()>().await;
         });
-        futures_util::future::join_all(passes).await;
     }
 
     /// `false` if the agent has no such check.
-    pub(crate) async fn pass(&self, operation: &'static str, service: &str, agent: usize) -> Result<bool> {
-        let answer =
-            self.api.put(format!("/v1/agent/check/pass/service:{}", url(service)), Vec::new(), Some(agent)).await;
-        let answer = answer.map_err(|f| f.into_error(operation, Effect::Write))?;
-        let text = excerpt(&answer.body);
-        let unknown = text.contains("does not have associated TTL") || text.contains("Unknown check");
-        match answer.status {
-            StatusCode::OK => Ok(true),
-            StatusCode::NOT_FOUND => Ok(false),
-            StatusCode::INTERNAL_SERVER_ERROR if unknown => Ok(false),
-            status => Err(refused(operation, Effect::Write, status, &answer.body)),
-        }
+    async fn pass(&self, operation: &'static str, service: &str, agent: usize) -> Result<bool> {
+        pass(&self.api, operation, &format!("service:{service}"), agent).await
     }
 
     pub(crate) async fn revoke(&self, lease: &LeaseId) -> Result<()> {
@@ -338,30 +345,36 @@ impl Leases {
             return Ok(());
         }
         // Of a lease that another client was granted, the check is left to its owner, who learns of the end with
-        // the next renewal, and to the agent, which removes it after a minute.
-        let home = self.homes().get(lease).cloned();
+        // the next renewal, and to the agent, which removes it after a minute. Taken out first: an instance that is
+        // published meanwhile finds no lease, and takes itself back.
+        let home = self.homes().remove(lease);
         let removed = async {
             match &home {
-                Some(home) => home.deregister(&self.api).await,
+                Some(home) => home.deregister(&self.api, lease).await,
                 None => Ok(()),
             }
         };
         let (destroyed, removed) = tokio::join!(destroy(&self.api, lease), removed);
-        let answer = destroyed.map_err(|f| f.into_error(OP, Effect::Write).key(lease))?;
-        if answer.status != StatusCode::OK {
-            return Err(refused(OP, Effect::Write, answer.status, &answer.body).key(lease));
+        let destroyed = destroyed.map_err(|f| f.into_error(OP, Effect::Write).key(lease));
+        let outcome = destroyed.and_then(|answer| match answer.status {
+            StatusCode::OK => Ok(()),
+            status => Err(refused(OP, Effect::Write, status, &answer.body).key(lease)),
+        });
+        if let Err(error) = removed {
+            tracing::debug!(%lease, %error, "the agent removes what is left of the lease by itself later");
+            // Instances would be found until then, so the caller may try again.
+            if let Some(home) = home.filter(|home| !home.records.is_empty()) {
+                self.homes().entry(lease.clone()).or_insert(home);
+                return outcome.and(Err(error.key(lease)));
+            }
         }
-        if let Err(failure) = removed {
-            tracing::debug!(%lease, reason = failure.message, "the agent removes the lease's service by itself later");
-        }
-        self.homes().remove(lease);
-        Ok(())
+        outcome
     }
 
     fn end_in_background(&self, lease: &LeaseId, home: &Home) {
         let (api, lease, home) = (self.api.clone(), lease.clone(), home.clone());
         in_background(api.http.settings().request_timeout, async move {
-            tokio::join!(destroy(&api, &lease), home.deregister(&api)).0.ok();
+            tokio::join!(destroy(&api, &lease), home.deregister(&api, &lease)).0.ok();
         });
     }
 }
@@ -380,8 +393,7 @@ pub(crate) async fn probe(api: &Arc<Api>, agent: usize) -> Result<()> {
     let mut service = Registered::new(api.clone(), agent);
     service.register(SESSION_TTL_MIN).await?;
     let id = service.keep();
-    deregister(api, &id, agent).await.map_err(|f| f.into_error("connect", Effect::Read))?;
-    Ok(())
+    deregister(api, &id, agent).await
 }
 
 /// A service that is removed again unless it is kept: a grant may fail or be dropped half-way. The session that
@@ -453,12 +465,36 @@ fn in_background(limit: Duration, work: impl Future<Output = ()> + Send + 'stati
     }
 }
 
+/// Passes a TTL check; `false` if the agent has no such check.
+async fn pass(api: &Api, operation: &'static str, check: &str, agent: usize) -> Result<bool> {
+    let answer = api.put(format!("/v1/agent/check/pass/{}", url(check)), Vec::new(), Some(agent)).await;
+    let answer = answer.map_err(|f| f.into_error(operation, Effect::Write))?;
+    let text = excerpt(&answer.body);
+    let unknown = text.contains("does not have associated TTL") || text.contains("Unknown check");
+    match answer.status {
+        StatusCode::OK => Ok(true),
+        StatusCode::NOT_FOUND => Ok(false),
+        StatusCode::INTERNAL_SERVER_ERROR if unknown => Ok(false),
+        status => Err(refused(operation, Effect::Write, status, &answer.body)),
+    }
+}
+
 async fn destroy(api: &Api, lease: &LeaseId) -> Result<Answer, Failure> {
     api.put(format!("/v1/session/destroy/{lease}"), Vec::new(), None).await
 }
 
-pub(crate) async fn deregister(api: &Api, service: &str, agent: usize) -> Result<Answer, Failure> {
-    api.put(format!("/v1/agent/service/deregister/{}", url(service)), Vec::new(), Some(agent)).await
+/// Removes a service from the agent; `Ok` also if it was not there.
+pub(crate) async fn deregister(api: &Api, service: &str, agent: usize) -> Result<()> {
+    const OP: &str = "deregister";
+    let answer = api.put(format!("/v1/agent/service/deregister/{}", url(service)), Vec::new(), Some(agent)).await;
+    let answer = answer.map_err(|f| f.into_error(OP, Effect::Write).key(service))?;
+    let text = excerpt(&answer.body);
+    match answer.status {
+        StatusCode::OK | StatusCode::NOT_FOUND => Ok(()),
+        // Older agents say it so.
+        StatusCode::INTERNAL_SERVER_ERROR if text.contains("Unknown service") => Ok(()),
+        status => Err(refused(OP, Effect::Write, status, &answer.body).key(service)),
+    }
 }
 
 pub(crate) fn is_invalid_session(what: &str) -> bool {

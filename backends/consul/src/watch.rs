@@ -3,7 +3,12 @@
 //! Promise: as `quorate_core::watch` says. A blocking query answers with the whole range, so what a reader is told is
 //! the difference to what it was told before; changes that come faster than the answers are told as one.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    hash::{Hash as _, Hasher as _},
+    sync::Arc,
+    time::Duration,
+};
 
 use quorate_core::{
     Entry, Key, KeyRange, LeaseId, Result, Revision, Snapshot, Watch, WatchEvent, WatchSender,
@@ -90,13 +95,17 @@ fn entry(range: &KeyRange, dir: &str, pair: Pair) -> Option<Entry> {
     })
 }
 
+/// What an entry is recognised by. A service's health may change back while its index stays: a check that is removed leaves
+/// no index behind. So its value counts too; a key's does not need to be looked at.
+type Mark = (Revision, u64);
+
 /// The server's side of one watch.
 struct Follower {
     reader: Reader,
     target: Target,
     sender: WatchSender,
     /// What the reader of the watch has been told.
-    known: HashMap<Key, Revision>,
+    known: HashMap<Key, Mark>,
     /// What to wait on; 0 for a read at once, confirmed by a majority.
     index: u64,
     /// An answer was older than one before it.
@@ -135,8 +144,16 @@ impl Follower {
         }
     }
 
+    fn mark(&self, entry: &Entry) -> Mark {
+        let mut hasher = std::hash::DefaultHasher::new();
+        if let Target::Service(_) = self.target {
+            entry.value.hash(&mut hasher);
+        }
+        (entry.modified, hasher.finish())
+    }
+
     fn reset(&mut self, now: Snapshot) {
-        self.known = now.entries.iter().map(|e| (e.key.clone(), e.modified)).collect();
+        self.known = now.entries.iter().map(|e| (e.key.clone(), self.mark(e))).collect();
         self.index = now.revision.0.max(1);
         self.doubt = false;
         // A reset is never refused.
@@ -147,7 +164,7 @@ impl Follower {
         if self.doubt {
             self.doubt = false;
             // Read from a majority. The same keys: old deletions were forgotten. Others: the data is another.
-            let same = |e: &Entry| self.known.get(&e.key) == Some(&e.modified);
+            let same = |e: &Entry| self.known.get(&e.key) == Some(&self.mark(e));
             if now.entries.len() == self.known.len() && now.entries.iter().all(same) {
                 self.index = now.revision.0.max(1);
             } else {
@@ -169,7 +186,7 @@ impl Follower {
         let mut changed: Vec<&Entry> = Vec::new();
         let mut same = 0;
         for entry in &now.entries {
-            if self.known.get(&entry.key) == Some(&entry.modified) { same += 1 } else { changed.push(entry) }
+            if self.known.get(&entry.key) == Some(&self.mark(entry)) { same += 1 } else { changed.push(entry) }
         }
         let replaced = changed.iter().filter(|e| self.known.contains_key(&e.key)).count();
         if same + replaced < self.known.len() {
@@ -183,7 +200,7 @@ impl Follower {
         }
         changed.sort_unstable_by_key(|e| e.modified);
         for entry in changed {
-            self.known.insert(entry.key.clone(), entry.modified);
+            self.known.insert(entry.key.clone(), self.mark(entry));
             self.sender.send(WatchEvent::Put(entry.clone()))?;
         }
         Ok(())

@@ -51,8 +51,12 @@ pub trait Catalog: fmt::Debug + Send + Sync + 'static {
     /// Takes the record away if it stands on this lease. May be repeated.
     async fn withdraw(&self, lease: &LeaseId, instance: &Instance) -> Result<()>;
 
-    /// The record as it is now, with the lease it stands on if that is known; `None` if there is none.
-    async fn find(&self, service: &str, id: &str) -> Result<Option<Entry>>;
+    /// The record as it is now where the lease's owner would write it, with the lease it stands on if that is known; `None`
+    /// if there is none.
+    ///
+    /// # Errors
+    /// `SessionLost` if the lease has ended.
+    async fn find(&self, lease: &LeaseId, service: &str, id: &str) -> Result<Option<Entry>>;
 
     /// Watches all records of a service, as [`Backend::watch`](crate::Backend::watch) does keys.
     async fn watch(&self, service: &str) -> Result<Watch>;

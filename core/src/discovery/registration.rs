@@ -149,6 +149,11 @@ impl CatalogSpot {
 
 #[async_trait]
 impl Spot for CatalogSpot {
+    fn name(&self) -> String {
+        // No name has a zero byte in its encoded form, and these are not keys.
+        format!("service\0{}\0{}", self.service, self.id)
+    }
+
     async fn put(&self, lease: &LeaseId, value: &Bytes) -> Result<()> {
         self.catalog.publish(lease, &self.instance(value)?).await
     }
@@ -159,7 +164,7 @@ impl Spot for CatalogSpot {
     }
 
     async fn look(&self, lease: &LeaseId) -> Result<Option<(Bytes, bool)>> {
-        let found = self.catalog.find(&self.service, &self.id).await?;
+        let found = self.catalog.find(lease, &self.service, &self.id).await?;
         Ok(found.map(|entry| {
             let ours = entry.lease.as_ref() == Some(lease);
             // In the form in which it is compared.

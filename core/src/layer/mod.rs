@@ -212,7 +212,6 @@ struct LayeredCatalog<W> {
 }
 
 impl<W: Wrap> LayeredCatalog<W> {
-    // Publishing and withdrawing say what shall be, so they may be repeated.
     fn op<'a>(&self, verb: Verb, subject: &'a (dyn fmt::Display + Sync)) -> Op<'a> {
         Op { verb, subject, backend: self.name, repeatable: true }
     }
@@ -221,15 +220,17 @@ impl<W: Wrap> LayeredCatalog<W> {
 #[async_trait]
 impl<W: Wrap> Catalog for LayeredCatalog<W> {
     async fn publish(&self, lease: &LeaseId, instance: &Instance) -> Result<()> {
-        self.wrap.call(self.op(Verb::Commit, instance), || self.inner.publish(lease, instance)).await
+        // As for a put: a first attempt that lands late could undo what came after. Whoever repeats it must know.
+        let op = Op { repeatable: false, ..self.op(Verb::Commit, instance) };
+        self.wrap.call(op, || self.inner.publish(lease, instance)).await
     }
 
     async fn withdraw(&self, lease: &LeaseId, instance: &Instance) -> Result<()> {
         self.wrap.call(self.op(Verb::Commit, instance), || self.inner.withdraw(lease, instance)).await
     }
 
-    async fn find(&self, service: &str, id: &str) -> Result<Option<Entry>> {
-        self.wrap.call(self.op(Verb::Read, &service), || self.inner.find(service, id)).await
+    async fn find(&self, lease: &LeaseId, service: &str, id: &str) -> Result<Option<Entry>> {
+        self.wrap.call(self.op(Verb::Read, &service), || self.inner.find(lease, service, id)).await
     }
 
     async fn watch(&self, service: &str) -> Result<Watch> {

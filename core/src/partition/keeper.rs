@@ -1,6 +1,6 @@
 //! The task behind a share: compares what is owned with what should be, and acts on the difference.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{mpsc, watch},
@@ -8,7 +8,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::{Owned, Partitions, assign};
+use super::{Offers, Owned, Partitions, assign};
 use crate::{
     coordinator::Coordinator,
     error::Result,
@@ -34,7 +34,7 @@ pub(super) struct Keeper {
     count: u32,
     id: String,
     members: Members,
-    offer: mpsc::Sender<Owned>,
+    offers: Arc<Offers>,
     tell: watch::Sender<Vec<u32>>,
     stages: BTreeMap<u32, Stage>,
     /// Attempts under way, each with its partition.
@@ -48,7 +48,7 @@ impl Keeper {
         partitions: &Partitions,
         id: &str,
         members: Members,
-        offer: mpsc::Sender<Owned>,
+        offers: Arc<Offers>,
         tell: watch::Sender<Vec<u32>>,
     ) -> Self {
         let capacity = usize::try_from(partitions.count).unwrap_or(usize::MAX);
@@ -58,7 +58,7 @@ impl Keeper {
             count: partitions.count,
             id: id.to_owned(),
             members,
-            offer,
+            offers,
             tell,
             stages: BTreeMap::new(),
             attempts: JoinSet::new(),
@@ -70,6 +70,9 @@ impl Keeper {
     pub(super) async fn run(mut self) {
         let members = self.members.clone();
         let mut changes = Box::pin(next_set(&members, None));
+        // Offers that nobody takes can be lost, which nothing else here would notice.
+        let mut rounds = tokio::time::interval(PAUSE);
+        rounds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let rested = self.stages.values().filter_map(|stage| match stage {
                 Stage::Resting(until) => Some(*until),
@@ -94,6 +97,7 @@ impl Keeper {
                         self.stages.insert(index, Stage::Resting(Instant::now() + PAUSE));
                     }
                 }
+                _ = rounds.tick() => {}
                 () = sleep_until(rested.unwrap_or_else(Instant::now)), if rested.is_some() => {
                     let now = Instant::now();
                     self.stages.retain(|_, stage| !matches!(stage, Stage::Resting(until) if *until <= now));
@@ -132,6 +136,7 @@ impl Keeper {
                 _ => {}
             }
         }
+        self.offers.take_back(|owned| *owned.revoked.borrow() || owned.check().is_err());
         let owned = |(index, stage): (&u32, &Stage)| matches!(stage, Stage::Owned(_)).then_some(*index);
         let owned: Vec<u32> = self.stages.iter().filter_map(owned).collect();
         self.tell.send_if_modified(|told| {
@@ -151,9 +156,8 @@ impl Keeper {
                 let (revoke, revoked) = watch::channel(false);
                 let ended = self.ended.0.clone();
                 let owned = Owned { index, guard: Some(guard), revoked, ended };
-                // One offer for each partition fits; if nobody takes offers any more, the member is about to leave.
                 self.stages.insert(index, Stage::Owned(revoke));
-                let _ = self.offer.try_send(owned);
+                self.offers.add(owned);
             }
             Err(error) => {
                 tracing::debug!(scope = self.scope, index, %error, "a partition was not obtained; trying again");

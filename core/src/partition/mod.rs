@@ -8,14 +8,15 @@
 //! ```
 //! # async fn show(coord: quorate_core::Coordinator) -> quorate_core::Result<()> {
 //! let mut share = coord.partitions("orders", 32).join("worker-7").await?;
-//! while let Some(partition) = share.next().await {
+//! loop {
+//!     let partition = share.next().await;
 //!     tokio::spawn(async move {
 //!         // Dropped when the partition is wanted elsewhere, or lost; then the next owner may start.
 //!         let _ = partition.run(consume(partition.index(), partition.token())).await;
 //!     });
 //! }
 //! # async fn consume(_: u32, _: quorate_core::FencingToken) {}
-//! # Ok(()) }
+//! # }
 //! ```
 //!
 //! # How it is decided
@@ -28,7 +29,12 @@
 
 mod keeper;
 
-use tokio::sync::{mpsc, watch};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::{Notify, mpsc, watch};
 
 use crate::{
     coordinator::Coordinator,
@@ -77,10 +83,9 @@ impl Partitions {
         let group = self.coord.group(&self.scope());
         let membership = group.join(id, "")?;
         let members = group.follow().await?;
-        let capacity = usize::try_from(self.count).unwrap_or(usize::MAX);
-        let (offer, offers) = mpsc::channel(capacity);
+        let offers = Arc::new(Offers::default());
         let (owned, seen) = watch::channel(Vec::new());
-        let keeper = keeper::Keeper::new(self, id, members, offer, owned);
+        let keeper = keeper::Keeper::new(self, id, members, offers.clone(), owned);
         let task = tokio::spawn(keeper.run()).abort_handle();
         Ok(Share { offers, owned: seen, membership, _task: Task(task) })
     }
@@ -90,11 +95,41 @@ impl Partitions {
 #[derive(Debug)]
 #[must_use = "the member leaves as soon as this is dropped"]
 pub struct Share {
-    // At most one offer for each partition.
-    offers: mpsc::Receiver<Owned>,
+    offers: Arc<Offers>,
     owned: watch::Receiver<Vec<u32>>,
     membership: Membership,
     _task: Task,
+}
+
+/// Partitions that are owned and that the user has not taken yet. They are taken back here when they are revoked or lost:
+/// nobody else would notice.
+#[derive(Debug, Default)]
+struct Offers {
+    // At most one for each partition.
+    waiting: Mutex<BTreeMap<u32, Owned>>,
+    added: Notify,
+}
+
+impl Offers {
+    fn waiting(&self) -> MutexGuard<'_, BTreeMap<u32, Owned>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, owned: Owned) {
+        let before = self.waiting().insert(owned.index, owned);
+        // Dropped after the lock: it gives a partition back.
+        drop(before);
+        self.added.notify_one();
+    }
+
+    /// Takes back what should not be begun any more.
+    fn take_back(&self, stale: impl Fn(&Owned) -> bool) {
+        let mut waiting = self.waiting();
+        let indices: Vec<u32> = waiting.values().filter(|owned| stale(owned)).map(Owned::index).collect();
+        let stale: Vec<Owned> = indices.iter().filter_map(|index| waiting.remove(index)).collect();
+        drop(waiting);
+        drop(stale);
+    }
 }
 
 #[derive(Debug)]
@@ -107,12 +142,20 @@ impl Drop for Task {
 }
 
 impl Share {
-    /// The next partition that this member owns from now on. `None` if the runtime is being shut down.
+    /// The next partition that this member owns from now on. A partition that is revoked before it is taken here is given
+    /// back, and never seen.
     ///
     /// # Cancel safety
     /// Safe: a partition is taken only when this returns it.
-    pub async fn next(&mut self) -> Option<Owned> {
-        self.offers.recv().await
+    pub async fn next(&mut self) -> Owned {
+        loop {
+            let added = self.offers.added.notified();
+            let first = self.offers.waiting().pop_first();
+            if let Some((_, owned)) = first {
+                return owned;
+            }
+            added.await;
+        }
     }
 
     /// The partitions that are owned now, by number.

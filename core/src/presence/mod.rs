@@ -11,6 +11,7 @@
 pub(crate) mod view;
 
 use std::{
+    collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -34,6 +35,8 @@ use crate::{
 /// Where a record is kept.
 #[async_trait]
 pub(crate) trait Spot: std::fmt::Debug + Send + Sync + 'static {
+    /// Which record it is: the same for all spots of one record on one coordinator.
+    fn name(&self) -> String;
     /// Creates or replaces it; from then on it ends with the lease.
     async fn put(&self, lease: &LeaseId, value: &Bytes) -> Result<()>;
     /// Takes it away if it stands on the lease.
@@ -51,6 +54,10 @@ pub(crate) struct KeySpot {
 
 #[async_trait]
 impl Spot for KeySpot {
+    fn name(&self) -> String {
+        format!("{}/{}", self.key.dir(), self.key.encoded())
+    }
+
     async fn put(&self, lease: &LeaseId, value: &Bytes) -> Result<()> {
         let write = Write::Put { key: self.key.clone(), value: value.clone(), lease: Some(lease.clone()) };
         self.backend.commit(&Txn { checks: Vec::new(), writes: vec![write] }).await.map(drop)
@@ -70,6 +77,45 @@ impl Spot for KeySpot {
     async fn look(&self, lease: &LeaseId) -> Result<Option<(Bytes, bool)>> {
         let found = self.backend.read(&KeyRange::One(self.key.clone())).await?.entries.pop();
         Ok(found.map(|entry| (entry.value, entry.lease.as_ref() == Some(lease))))
+    }
+}
+
+/// Which presence of a coordinator has each record: the one that claimed it last.
+#[derive(Debug, Default)]
+pub(crate) struct Claims(Mutex<Claimed>);
+
+#[derive(Debug, Default)]
+struct Claimed {
+    last: u64,
+    holders: HashMap<String, u64>,
+}
+
+impl Claims {
+    fn claimed(&self) -> std::sync::MutexGuard<'_, Claimed> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn claim(&self, name: &str) -> u64 {
+        let mut claimed = self.claimed();
+        claimed.last += 1;
+        let claim = claimed.last;
+        claimed.holders.insert(name.to_owned(), claim);
+        claim
+    }
+
+    fn holds(&self, name: &str, claim: u64) -> bool {
+        self.claimed().holders.get(name) == Some(&claim)
+    }
+
+    fn is_free(&self, name: &str) -> bool {
+        !self.claimed().holders.contains_key(name)
+    }
+
+    fn release(&self, name: &str, claim: u64) {
+        let mut claimed = self.claimed();
+        if claimed.holders.get(name) == Some(&claim) {
+            claimed.holders.remove(name);
+        }
     }
 }
 
@@ -115,7 +161,19 @@ impl Presence {
     pub(crate) fn start(coord: &Coordinator, spot: Arc<dyn Spot>, value: Bytes) -> Self {
         let (wanted, orders) = watch::channel(Some(value));
         let (tell, told) = watch::channel(Told { state: PresenceState::Pending(None), value: None });
-        let keeper = Keeper { coord: coord.clone(), spot, orders, tell, unsure: false, backoff: backoff() };
+        let name = spot.name();
+        let claim = coord.claims().claim(&name);
+        let keeper = Keeper {
+            coord: coord.clone(),
+            spot,
+            name,
+            claim,
+            orders,
+            tell,
+            unsure: false,
+            displaced: false,
+            backoff: backoff(),
+        };
         tokio::spawn(keeper.run());
         Self { coord: coord.clone(), wanted, told, changing: Mutex::default() }
     }
@@ -127,8 +185,15 @@ impl Presence {
             return Err(Error::new(ErrorKind::SessionLost, "update", "it was withdrawn before"));
         }
         let value = change()?;
-        self.wanted.send_replace(Some(value));
-        Ok(())
+        // It may have been withdrawn meanwhile, and stays so.
+        let taken = self.wanted.send_if_modified(|wanted| {
+            let stands = wanted.is_some();
+            if stands {
+                *wanted = Some(value);
+            }
+            stands
+        });
+        if taken { Ok(()) } else { Err(Error::new(ErrorKind::SessionLost, "update", "it was withdrawn before")) }
     }
 
     pub(crate) fn state(&self) -> PresenceState {
@@ -221,6 +286,11 @@ struct Keeper {
     spot: Arc<dyn Spot>,
     orders: watch::Receiver<Option<Bytes>>,
     tell: watch::Sender<Told>,
+    name: String,
+    /// Several of one coordinator may want one record; all write on the same lease, so only the claim tells them apart.
+    claim: u64,
+    /// Somebody else wrote the record after us, and may still live.
+    displaced: bool,
     /// A put whose outcome is not known could land late.
     unsure: bool,
     backoff: ExponentialBackoff,
@@ -230,6 +300,10 @@ impl Keeper {
     async fn run(mut self) {
         loop {
             let Some(value) = self.orders.borrow_and_update().clone() else { break };
+            if !self.coord.claims().holds(&self.name, self.claim) {
+                self.stand_back().await;
+                continue;
+            }
             let session = match self.coord.session().await {
                 Ok(session) => session,
                 Err(_) if self.coord.is_closed() => break,
@@ -238,6 +312,11 @@ impl Keeper {
                     continue;
                 }
             };
+            // Whoever was displaced looks before it writes, also on a new session.
+            if self.displaced {
+                self.guard(&session, &value).await;
+                continue;
+            }
             match self.spot.put(session.lease(), &value).await {
                 Ok(()) => {
                     self.backoff = backoff();
@@ -251,7 +330,22 @@ impl Keeper {
                 }
             }
         }
-        self.withdraw().await;
+        if self.coord.claims().holds(&self.name, self.claim) {
+            self.withdraw().await;
+            self.coord.claims().release(&self.name, self.claim);
+        }
+        self.say(PresenceState::Closed, None);
+    }
+
+    /// Another presence of this coordinator has the record: waits until it is given up, or something else is wanted.
+    async fn stand_back(&mut self) {
+        self.say(PresenceState::Displaced, None);
+        let told = timeout(Duration::from_millis(200), self.orders.changed()).await.is_ok();
+        // Whoever is withdrawn has nothing to claim: the record is the other one's.
+        let wanted = self.orders.borrow().is_some();
+        if wanted && (told || self.coord.claims().is_free(&self.name)) {
+            self.claim = self.coord.claims().claim(&self.name);
+        }
     }
 
     fn say(&self, state: PresenceState, value: Option<&Bytes>) {
@@ -273,17 +367,28 @@ impl Keeper {
             // As often as the lease is renewed: what is gone for longer than a TTL is a failure that others see.
             let pause = (session.ttl() / 3).mul_f64(rand::random_range(0.75..1.0));
             let changed = tokio::select! {
-                changed = self.orders.changed() => changed.is_ok(),
+                changed = self.orders.changed() => {
+                    // Told again what to write: that is claimed.
+                    self.displaced = false;
+                    changed.is_ok()
+                }
                 () = session.lost() => false,
                 () = sleep(pause) => {
+                    if !self.coord.claims().holds(&self.name, self.claim) {
+                        return;
+                    }
                     match self.spot.look(session.lease()).await {
                         Ok(Some((found, true))) if found == *value => {
                             self.say_if_new(PresenceState::Present, value);
                             continue;
                         }
                         // Ours, but not as wanted: an older write landed late.
-                        Ok(Some((_, true)) | None) => false,
+                        Ok(Some((_, true)) | None) => {
+                            self.displaced = false;
+                            false
+                        }
                         Ok(Some((_, false))) => {
+                            self.displaced = true;
                             self.say_if_new(PresenceState::Displaced, value);
                             continue;
                         }
@@ -315,12 +420,20 @@ impl Keeper {
         if let Some(session) = &session {
             self.take(session).await;
         }
+        // A claim from now on is a new registration, and free to write.
+        self.coord.claims().release(&self.name, self.claim);
         self.say(PresenceState::Closed, None);
         if let (Some(session), true) = (session, self.unsure) {
             for pause in [Duration::from_secs(2), Duration::from_secs(10)] {
                 tokio::select! {
                     () = session.lost() => return,
-                    () = sleep(pause) => self.take(&session).await,
+                    () = sleep(pause) => {
+                        // Whoever registered it anew on this coordinator writes what is wanted now.
+                        if !self.coord.claims().is_free(&self.name) {
+                            return;
+                        }
+                        self.take(&session).await;
+                    }
                 }
             }
         }

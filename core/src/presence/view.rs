@@ -94,7 +94,8 @@ impl<S: Source> Keeper<S> {
             let event = tokio::select! {
                 () = tell.closed() => return,
                 event = watch.next() => event,
-                () = sleep_until(over.unwrap_or_else(Instant::now)), if over.is_some() => {
+                // While nothing is heard, nothing is taken out.
+                () = sleep_until(over.unwrap_or_else(Instant::now)), if over.is_some() && !self.gap => {
                     self.give_up();
                     tell.send_replace(Arc::new(self.now.clone()));
                     continue;
@@ -151,6 +152,8 @@ impl<S: Source> Keeper<S> {
                     self.put(entry);
                 }
                 if self.gap && !self.linger.is_zero() {
+                    // Another gap, another chance.
+                    self.missing.clear();
                     self.grace = Some(Instant::now() + self.linger);
                 }
                 if let Some(until) = self.in_grace() {
@@ -171,7 +174,7 @@ impl<S: Source> Keeper<S> {
                 self.now.revision = self.now.revision.max(entry.modified);
             }
             WatchEvent::Delete { key, revision } => {
-                let Some(name) = key.name() else { return };
+                let name = key.name().unwrap_or_else(|| key.encoded().to_owned());
                 self.now.unreadable.remove(&name);
                 match self.in_grace() {
                     Some(until) if self.now.items.contains_key(&name) => {

@@ -34,6 +34,7 @@ cases!("discovery":
     a_lost_session_is_followed_by_a_new_registration,
     a_record_deleted_behind_our_back_is_made_again,
     of_two_with_one_id_the_newer_is_found_and_the_other_is_told,
+    registering_again_replaces_and_dropping_the_former_leaves_the_new_one,
     instances_that_could_not_work_are_refused,
     a_record_that_cannot_be_read_is_left_out_and_told,
     many_instances_are_found_completely,
@@ -284,6 +285,23 @@ async fn of_two_with_one_id_the_newer_is_found_and_the_other_is_told(clients: Ar
     newer.close().await.expect("closed");
     until(&orders, "the older again", |now| now.get("1").is_some_and(|one| one.address == "old")).await;
     eventually("the older is told", async || matches!(older.state(), PresenceState::Present)).await;
+}
+
+async fn registering_again_replaces_and_dropping_the_former_leaves_the_new_one(clients: Arc<dyn Clients>) {
+    let (a, b) = (short_coord(&clients).await, coord(&clients).await);
+    let orders = follow(&b, "orders").await;
+    let mut former = registered(&a, Instance::new("orders", "h:1").id("1")).await;
+    for round in 2..=3 {
+        let next = registered(&a, Instance::new("orders", "h:1").id("1").weight(round)).await;
+        until(&orders, "the new one", |now| now.get("1").is_some_and(|one| one.weight == round)).await;
+        eventually("the former is told", async || matches!(former.state(), PresenceState::Displaced)).await;
+        // As `self.registration = …` does it: the new one is there before the old one goes.
+        former = next;
+    }
+    // Longer than the records are looked after: nobody writes the old one again, nobody takes the new one away.
+    sleep(a.session_ttl()).await;
+    assert_eq!(orders.now().get("1").expect("still there").weight, 3);
+    assert!(matches!(former.state(), PresenceState::Present));
 }
 
 async fn instances_that_could_not_work_are_refused(clients: Arc<dyn Clients>) {

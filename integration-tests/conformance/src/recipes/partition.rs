@@ -21,6 +21,7 @@ cases!("partition":
     partitions_of_a_dead_member_are_taken_over,
     a_partition_given_back_unasked_is_offered_again,
     more_members_than_partitions_leave_some_idle,
+    offers_that_nobody_takes_go_to_a_newcomer,
     numbers_that_cannot_be_are_refused,
 );
 
@@ -60,7 +61,8 @@ async fn worker(coord: &Coordinator, count: u32, name: &'static str, ledger: &Ar
     let ledger = ledger.clone();
     let work = spawn(async move {
         let mut running = Vec::new();
-        while let Some(partition) = share.next().await {
+        loop {
+            let partition = share.next().await;
             let ledger = ledger.clone();
             running.push(spawn(async move {
                 ledger.begin(partition.index(), name, partition.token());
@@ -142,17 +144,28 @@ async fn partitions_of_a_dead_member_are_taken_over(clients: Arc<dyn Clients>) {
 async fn a_partition_given_back_unasked_is_offered_again(clients: Arc<dyn Clients>) {
     let coord = coord(&clients).await;
     let mut share = coord.partitions("jobs", 1).join("a").await.expect("it may join");
-    let first = within(SOON, "the partition", share.next()).await.expect("offered");
+    let first = within(SOON, "the partition", share.next()).await;
     assert!(first.check().is_ok());
     let token = first.token();
     assert_eq!(first.run(async { 42 }).await.expect("owned"), Some(42));
     first.release().await.expect("released");
-    let again = within(SOON, "the partition again", share.next()).await.expect("offered");
+    let again = within(SOON, "the partition again", share.next()).await;
     assert!(again.index() == 0 && again.token() > token);
     eventually("the share is told", async || share.owned() == [0]).await;
     drop(share);
     within(SOON, "the revocation", again.revoked()).await;
     assert_eq!(again.run(std::future::pending::<()>()).await.expect("still owned"), None, "revoked work is dropped");
+}
+
+async fn offers_that_nobody_takes_go_to_a_newcomer(clients: Arc<dyn Clients>) {
+    let (a, b) = (coord(&clients).await, coord(&clients).await);
+    let idle = a.partitions("jobs", 4).join("idle").await.expect("it may join");
+    eventually("all offered to the only member", async || idle.owned().len() == 4).await;
+    let mut busy = b.partitions("jobs", 4).join("busy").await.expect("it may join");
+    let first = within(SOON, "a partition", busy.next()).await;
+    let second = within(SOON, "another partition", busy.next()).await;
+    assert_ne!(first.index(), second.index());
+    eventually("half each", async || (idle.owned().len(), busy.owned().len()) == (2, 2)).await;
 }
 
 async fn more_members_than_partitions_leave_some_idle(clients: Arc<dyn Clients>) {
