@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures_util::{StreamExt, stream};
-use quorate_conformance::{Case, Clients, Outcome, limit, recipe_cases, run_case, waist_cases};
+use quorate_conformance::{Case, Clients, Outcome, limit, run_case, waist_cases};
 use quorate_core::{Backend, Config, Result};
 use quorate_redis::Redis;
 use quorate_testkit::servers::{Redis as Servers, RedisOptions};
@@ -58,10 +58,4 @@ async fn the_contract_holds_on_one_server() {
 async fn the_contract_holds_in_a_cluster() {
     let cluster = Servers::cluster(RedisOptions::default(), false).await.unwrap();
     all(waist_cases(), &format!("redis+cluster://{}", cluster.nodes()[0].addr())).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_recipes_hold_on_one_server() {
-    let server = support::server().await;
-    all(recipe_cases(), &format!("redis://{}", server.addr())).await;
 }

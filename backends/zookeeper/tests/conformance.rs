@@ -1,4 +1,4 @@
-//! The whole contract, and the recipes over it, on a real server.
+//! The whole contract of the waist on a real server. The recipes over it are run by the integration tests.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
@@ -7,7 +7,7 @@ mod support;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use quorate_conformance::{Case, Clients, Outcome, limit, recipe_cases, run_case, waist_cases};
+use quorate_conformance::{Case, Clients, Outcome, limit, run_case, waist_cases};
 use quorate_core::{Backend, Config, Result};
 use quorate_testkit::servers::ZooKeeper as Launcher;
 use quorate_zookeeper::ZooKeeper;
@@ -85,10 +85,4 @@ async fn the_contract_holds_on_an_ensemble() {
         // Claiming deletes and creates a node in one transaction: the servers' trees must still agree.
         assert!(!node.log_tail().contains("igest"), "{}", node.log_tail());
     }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_recipes_work_on_zookeeper() {
-    let server = support::server().await;
-    assert_eq!(run_all(recipe_cases(), &[server.addr()]).await, Vec::<String>::new());
 }

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use futures_util::{StreamExt as _, stream};
-use quorate_conformance::{Case, Clients, Outcome, limit, recipe_cases, run_case, waist_cases};
+use quorate_conformance::{Case, Clients, Outcome, limit, run_case, waist_cases};
 use quorate_consul::Consul;
 use quorate_core::{Backend, Config, Result};
 use quorate_testkit::servers::{self, ConsulOptions};
@@ -58,10 +58,4 @@ async fn the_contract_holds_with_plain_sessions() {
     let server = servers::Consul::start(options).await.unwrap();
     let config = Config::new("consul", [server.addr().to_string()]).with_option("session", "ttl").with_session_ttl(ttl);
     all(waist_cases(), config).await;
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_recipes_hold() {
-    let server = super::common::server().await;
-    all(recipe_cases(), Config::new("consul", [server.addr().to_string()])).await;
 }
