@@ -87,7 +87,15 @@ pub(crate) struct Claims(Mutex<Claimed>);
 #[derive(Debug, Default)]
 struct Claimed {
     last: u64,
-    holders: HashMap<String, u64>,
+    holders: HashMap<String, Claim>,
+}
+
+#[derive(Debug, Clone)]
+struct Claim {
+    number: u64,
+    /// Held across a put and a withdrawal, so that a withdrawal that is under way cannot take what was registered anew. All
+    /// that claim a record while one has it share this.
+    turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Claims {
@@ -95,25 +103,26 @@ impl Claims {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn claim(&self, name: &str) -> u64 {
+    fn claim(&self, name: &str) -> Claim {
         let mut claimed = self.claimed();
         claimed.last += 1;
-        let claim = claimed.last;
-        claimed.holders.insert(name.to_owned(), claim);
+        let turn = claimed.holders.get(name).map(|holder| holder.turn.clone()).unwrap_or_default();
+        let claim = Claim { number: claimed.last, turn };
+        claimed.holders.insert(name.to_owned(), claim.clone());
         claim
     }
 
-    fn holds(&self, name: &str, claim: u64) -> bool {
-        self.claimed().holders.get(name) == Some(&claim)
+    fn holds(&self, name: &str, claim: &Claim) -> bool {
+        self.claimed().holders.get(name).is_some_and(|holder| holder.number == claim.number)
     }
 
     fn is_free(&self, name: &str) -> bool {
         !self.claimed().holders.contains_key(name)
     }
 
-    fn release(&self, name: &str, claim: u64) {
+    fn release(&self, name: &str, claim: &Claim) {
         let mut claimed = self.claimed();
-        if claimed.holders.get(name) == Some(&claim) {
+        if claimed.holders.get(name).is_some_and(|holder| holder.number == claim.number) {
             claimed.holders.remove(name);
         }
     }
@@ -288,7 +297,7 @@ struct Keeper {
     tell: watch::Sender<Told>,
     name: String,
     /// Several of one coordinator may want one record; all write on the same lease, so only the claim tells them apart.
-    claim: u64,
+    claim: Claim,
     /// Somebody else wrote the record after us, and may still live.
     displaced: bool,
     /// A put whose outcome is not known could land late.
@@ -300,7 +309,7 @@ impl Keeper {
     async fn run(mut self) {
         loop {
             let Some(value) = self.orders.borrow_and_update().clone() else { break };
-            if !self.coord.claims().holds(&self.name, self.claim) {
+            if !self.coord.claims().holds(&self.name, &self.claim) {
                 self.stand_back().await;
                 continue;
             }
@@ -317,7 +326,15 @@ impl Keeper {
                 self.guard(&session, &value).await;
                 continue;
             }
-            match self.spot.put(session.lease(), &value).await {
+            let put = {
+                let turn = self.claim.turn.clone();
+                let _turn = turn.lock().await;
+                if !self.coord.claims().holds(&self.name, &self.claim) {
+                    continue;
+                }
+                self.spot.put(session.lease(), &value).await
+            };
+            match put {
                 Ok(()) => {
                     self.backoff = backoff();
                     self.say(PresenceState::Present, Some(&value));
@@ -330,11 +347,7 @@ impl Keeper {
                 }
             }
         }
-        if self.coord.claims().holds(&self.name, self.claim) {
-            self.withdraw().await;
-            self.coord.claims().release(&self.name, self.claim);
-        }
-        self.say(PresenceState::Closed, None);
+        self.withdraw().await;
     }
 
     /// Another presence of this coordinator has the record: waits until it is given up, or something else is wanted.
@@ -374,7 +387,7 @@ impl Keeper {
                 }
                 () = session.lost() => false,
                 () = sleep(pause) => {
-                    if !self.coord.claims().holds(&self.name, self.claim) {
+                    if !self.coord.claims().holds(&self.name, &self.claim) {
                         return;
                     }
                     match self.spot.look(session.lease()).await {
@@ -417,11 +430,16 @@ impl Keeper {
     /// Takes the record away, and once more after a while if a put may still be on its way.
     async fn withdraw(&mut self) {
         let session = self.coord.current();
-        if let Some(session) = &session {
-            self.take(session).await;
+        {
+            let turn = self.claim.turn.clone();
+            let _turn = turn.lock().await;
+            // Not if it is another one's by now.
+            if let Some(session) = session.as_ref().filter(|_| self.coord.claims().holds(&self.name, &self.claim)) {
+                self.take(session).await;
+            }
+            // A claim from now on is a new registration, and free to write.
+            self.coord.claims().release(&self.name, &self.claim);
         }
-        // A claim from now on is a new registration, and free to write.
-        self.coord.claims().release(&self.name, self.claim);
         self.say(PresenceState::Closed, None);
         if let (Some(session), true) = (session, self.unsure) {
             for pause in [Duration::from_secs(2), Duration::from_secs(10)] {

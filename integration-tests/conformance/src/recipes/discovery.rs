@@ -298,9 +298,19 @@ async fn registering_again_replaces_and_dropping_the_former_leaves_the_new_one(c
         // As `self.registration = …` does it: the new one is there before the old one goes.
         former = next;
     }
+    // The other way round: dropped first, and the new one is there before the withdrawal is over.
+    for round in 4..=9 {
+        drop(former);
+        former = registered(&a, Instance::new("orders", "h:1").id("1").weight(round)).await;
+        sleep(Duration::from_millis(20)).await;
+        assert!(matches!(former.state(), PresenceState::Present));
+    }
+    until(&orders, "the last one", |now| now.get("1").is_some_and(|one| one.weight == 9)).await;
+    let fresh = follow(&a, "orders").await;
+    assert_eq!(fresh.now().len(), 1, "taken away by the withdrawal of the one before");
     // Longer than the records are looked after: nobody writes the old one again, nobody takes the new one away.
     sleep(a.session_ttl()).await;
-    assert_eq!(orders.now().get("1").expect("still there").weight, 3);
+    assert_eq!(orders.now().get("1").expect("still there").weight, 9);
     assert!(matches!(former.state(), PresenceState::Present));
 }
 
