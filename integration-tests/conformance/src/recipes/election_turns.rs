@@ -290,7 +290,8 @@ async fn gained_and_lost_alternate_under_chaos(clients: Arc<dyn Clients>) {
 }
 
 async fn gained_and_lost_alternate_while_leaders_are_deposed(clients: Arc<dyn Clients>) {
-    const TERMS: usize = 15;
+    // Candidates pause longer after each short term, up to 10 s: not so many that it takes minutes.
+    const TERMS: usize = 7;
     let operator = coord(&clients).await;
     let mut coords = Vec::new();
     for _ in 0..3 {
