@@ -27,7 +27,7 @@ use crate::{
     watch::Watch,
 };
 
-/// A coordinator, seen through eleven verbs and what it says of itself.
+/// A coordinator, seen through ten verbs, and two methods by which it says what it is.
 ///
 /// Every future may be dropped at any point; a dropped call may still be carried out by the server. No
 /// method has a default body, so a wrapper that forgets one does not compile.
