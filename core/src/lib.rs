@@ -6,6 +6,7 @@
 
 pub mod backend;
 pub mod balance;
+pub mod commit;
 pub mod config;
 pub mod coordinator;
 pub mod detect;
