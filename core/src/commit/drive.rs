@@ -1,0 +1,318 @@
+//! The driver: takes one transaction from begin to forgotten.
+//!
+//! Promise: no participant is asked before the transaction is in the log, none is told an outcome before the decision is,
+//! and nothing is forgotten before everyone who has to has confirmed. Whatever the driver is doing when it dies, a
+//! recoverer goes on from the log.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use tokio::{
+    sync::oneshot,
+    task::JoinSet,
+    time::{Instant, sleep, sleep_until, timeout},
+};
+
+use super::{
+    Branch, Decision, Finish, Outcome, Participant, Refusal, TxId,
+    ballot::Ballot,
+    deliver::finish,
+    desk::{Desk, LONGEST, LetterBox, backoff},
+    log::{Divergence, Log, Open, Verdict},
+    record::{BranchRecord, Record, Says, VERSION, WorkState},
+    steps::{Hook, Step},
+};
+use crate::{
+    error::{Error, ErrorKind, Result},
+    line::wall_clock_ms,
+};
+
+/// How often the work records are looked at while the mail is silent.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+
+/// What is to be driven.
+pub(super) struct Drive {
+    pub(super) log: Log,
+    pub(super) desk: Arc<Desk>,
+    pub(super) hook: Hook,
+    pub(super) id: TxId,
+    pub(super) within: Duration,
+    pub(super) branches: Vec<BranchRecord>,
+    /// The participants of this process among them.
+    pub(super) handles: BTreeMap<String, Arc<dyn Participant>>,
+}
+
+/// Who waits for the outcome, until it is told.
+pub(super) struct Caller(Option<oneshot::Sender<Result<Outcome>>>);
+
+impl Caller {
+    pub(super) fn new(sender: oneshot::Sender<Result<Outcome>>) -> Self {
+        Self(Some(sender))
+    }
+
+    fn tell(&mut self, outcome: Result<Outcome>) {
+        if let Some(sender) = self.0.take() {
+            // Whoever does not wait any more does not want to know.
+            let _ = sender.send(outcome);
+        }
+    }
+
+    /// Returns when the caller has given up.
+    pub(super) async fn gone(&mut self) {
+        match &mut self.0 {
+            Some(sender) => sender.closed().await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// Where the transaction stands after the decision.
+struct Settled {
+    decision: Decision,
+    /// Whose it is.
+    by: By,
+}
+
+enum By {
+    /// Ours; this work did not fit into its step.
+    Us(Vec<(String, Bytes)>),
+    /// Made before: by an attempt of ours whose reply was lost, a recoverer, or an operator.
+    Others,
+    /// By others, who have forgotten the transaction already.
+    Gone,
+}
+
+impl Drive {
+    pub(super) async fn run(self, mut caller: Caller) {
+        if let Err(error) = self.drive(&mut caller).await {
+            tracing::warn!(id = %self.id, %error, "the driver gives the transaction up; a recoverer goes on");
+            caller.tell(Err(error));
+        }
+    }
+
+    async fn drive(&self, caller: &mut Caller) -> Result<()> {
+        self.hook.at(self.id, || Step::Begin).await;
+        let mut letters = match self.branches.iter().any(|b| b.remote) {
+            true => Some(self.desk.open_box(&self.log, self.id).await?),
+            false => None,
+        };
+        let (tx, complete) = self.begin().await?;
+        self.hook.at(self.id, || Step::Begun).await;
+        let mut ballot = Ballot::new(self);
+        match complete {
+            Ok(()) => ballot.collect(self, letters.as_mut(), caller).await,
+            Err(error) => ballot.give_up(&error.to_string()),
+        }
+        if ballot.nothing_to_do() {
+            caller.tell(Ok(self.outcome(Decision::Commit, &ballot, Vec::new())));
+            return self.forget(&tx, Decision::Commit, &[]).await;
+        }
+        let settled = self.settle(&tx, &ballot, caller).await?;
+        let diverged = self.deliver(&tx, &ballot, &settled, letters.as_mut(), caller).await;
+        if matches!(settled.by, By::Gone) {
+            return Ok(());
+        }
+        self.forget(&tx, settled.decision, &diverged).await
+    }
+
+    /// Writes the transaction down. The second result is about work that did not fit into the first step.
+    async fn begin(&self) -> Result<(Open, Result<()>)> {
+        let record = Record {
+            v: VERSION,
+            driver: self.desk.driver.clone(),
+            within_ms: u64::try_from(self.within.as_millis()).unwrap_or(u64::MAX),
+            since_ms: wall_clock_ms(),
+            branches: self.branches.iter().map(without_remote_body).collect(),
+        };
+        let mut work: Vec<_> =
+            self.branches.iter().filter(|b| b.remote).map(|b| (b.name.clone(), b.body.clone())).collect();
+        let tx = self.log.begin(self.id, record, &mut work).await.map_err(|error| match error.kind() {
+            // If it was written all the same, it is given up by a recoverer: nobody has been asked to prepare.
+            ErrorKind::Ambiguous => {
+                error.with_kind(ErrorKind::Unavailable).next("no participant was asked; begin another transaction")
+            }
+            _ => error,
+        })?;
+        let complete = self.log.tell(&tx, WorkState::Prepare, work).await;
+        Ok((tx, complete))
+    }
+
+    /// Brings the decision about. Never gives up while it may have been written: somebody may be acting on it.
+    async fn settle(&self, tx: &Open, ballot: &Ballot, caller: &mut Caller) -> Result<Settled> {
+        let wanted = ballot.decision();
+        self.hook.at(self.id, || Step::Decide(wanted)).await;
+        let why = ballot.why();
+        let mut untold = ballot.remote_to_tell(self);
+        let mut pauses = backoff();
+        let mut unsure = false;
+        let answer_by = Instant::now() + self.within;
+        let verdict = loop {
+            match self.log.decide(tx, wanted, &why, None, &mut untold).await {
+                Ok(verdict) => break verdict,
+                Err(error) if error.kind() == ErrorKind::Corrupt => return Err(error),
+                Err(error) => {
+                    unsure |= error.kind() == ErrorKind::Ambiguous;
+                    tracing::warn!(id = %self.id, decision = %wanted, %error, "not decided yet, trying again");
+                    if Instant::now() >= answer_by {
+                        caller.tell(Err(self.undecided(error)));
+                    }
+                }
+            }
+            sleep(pauses.next().unwrap_or(LONGEST)).await;
+        };
+        let settled = match verdict {
+            Verdict::Made => Settled { decision: wanted, by: By::Us(untold) },
+            Verdict::Stands(decision) => Settled { decision, by: By::Others },
+            // Ours may have been written, carried out by a recoverer, and forgotten.
+            Verdict::Gone if unsure && wanted == Decision::Commit => {
+                let message = "the reply was lost, and others have finished and forgotten it meanwhile";
+                return Err(self.log.error(ErrorKind::Ambiguous, "decide", &tx.key, message));
+            }
+            Verdict::Gone => Settled { decision: Decision::Abort, by: By::Gone },
+        };
+        metrics::counter!("quorate_transactions_total", "outcome" => settled.decision.to_string()).increment(1);
+        self.hook.at(self.id, || Step::Decided(settled.decision)).await;
+        Ok(settled)
+    }
+
+    fn undecided(&self, error: Error) -> Error {
+        let message = "the decision could not be confirmed in time; it is tried further in the background";
+        let step = format!("ask status({}) before doing it again", self.id);
+        Error::new(ErrorKind::Ambiguous, "decide", message)
+            .key(self.log.tx_key(self.id))
+            .on(self.log.name())
+            .because(error)
+            .next(step)
+    }
+
+    /// Tells everybody who has to know, and returns when all who have to confirm have; the caller is told earlier.
+    async fn deliver(
+        &self,
+        tx: &Open,
+        ballot: &Ballot,
+        settled: &Settled,
+        letters: Option<&mut LetterBox>,
+        caller: &mut Caller,
+    ) -> Vec<Divergence> {
+        let decision = settled.decision;
+        let mut telling = JoinSet::new();
+        let mut waiting = Vec::new();
+        for branch in ballot.to_finish(self) {
+            waiting.push(branch.name.clone());
+            let Some(participant) = self.handles.get(&branch.name) else { continue };
+            let (participant, told) = (participant.clone(), self.branch(branch));
+            let (name, within, hook) = (branch.name.clone(), self.within, self.hook.clone());
+            telling.spawn(async move { (name, finish(participant, told, decision, within, hook).await) });
+        }
+        let remote = self.remote_confirmed(tx, waiting.clone(), settled, letters);
+        tokio::pin!(remote);
+        let mut remote_open = true;
+        let mut diverged = ballot.against(decision);
+        let tell_by = Instant::now() + self.within;
+        while !telling.is_empty() || remote_open {
+            tokio::select! {
+                Some(told) = telling.join_next(), if !telling.is_empty() => {
+                    // `finish` itself never panics: the participant runs in a task of its own.
+                    let Ok((name, finish)) = told else { continue };
+                    waiting.retain(|other| *other != name);
+                    if let Finish::Diverged(what) = finish {
+                        tracing::error!(id = %self.id, participant = name, %decision, what, "a heuristic outcome");
+                        diverged.push(Divergence { participant: name, what });
+                    }
+                }
+                () = &mut remote, if remote_open => {
+                    remote_open = false;
+                    waiting.retain(|name| self.handles.contains_key(name));
+                }
+                () = sleep_until(tell_by), if caller.0.is_some() => {
+                    caller.tell(Ok(self.outcome(decision, ballot, waiting.clone())));
+                }
+            }
+        }
+        caller.tell(Ok(self.outcome(decision, ballot, Vec::new())));
+        diverged
+    }
+
+    /// Returns when every remote participant that has to has confirmed.
+    async fn remote_confirmed(
+        &self,
+        tx: &Open,
+        mut open: Vec<String>,
+        settled: &Settled,
+        letters: Option<&mut LetterBox>,
+    ) {
+        let mut pauses = backoff();
+        loop {
+            let told = match &settled.by {
+                By::Us(untold) => self.log.tell(tx, settled.decision.into(), untold.clone()).await,
+                By::Others => self.log.tell_waiting(tx, settled.decision, None).await.map(drop),
+                By::Gone => Ok(()),
+            };
+            match told {
+                Ok(()) => break,
+                // Others have finished it, and told everybody before.
+                Err(error) if error.kind() == ErrorKind::SessionLost => break,
+                Err(error) => tracing::debug!(id = %self.id, %error, "not told yet"),
+            }
+            sleep(pauses.next().unwrap_or(LONGEST)).await;
+        }
+        // An abort needs no confirmation: whoever asks about an unknown transaction is told the same.
+        let (Some(letters), Decision::Commit) = (letters, settled.decision) else { return };
+        open.retain(|name| !self.handles.contains_key(name));
+        while !open.is_empty() {
+            {
+                let arrived = letters.letters.borrow_and_update();
+                open.retain(|name| arrived.get(name).is_none_or(|mail| mail.says != Says::Done));
+            }
+            if open.is_empty() {
+                break;
+            }
+            if timeout(LOOK_EVERY, letters.letters.changed()).await.is_ok_and(|changed| changed.is_ok()) {
+                continue;
+            }
+            // The mail may have been lost with the mailbox; the work record is what counts.
+            let mut still = Vec::new();
+            for name in open {
+                let Ok(key) = self.log.work_key(&name, self.id) else { continue };
+                if !matches!(self.log.entry(&key).await, Ok(None)) {
+                    still.push(name);
+                }
+            }
+            open = still;
+        }
+    }
+
+    async fn forget(&self, tx: &Open, decision: Decision, diverged: &[Divergence]) -> Result<()> {
+        self.hook.at(self.id, || Step::Forget).await;
+        let mut pauses = backoff();
+        // A forgetting that is lost is done again; one that finds nothing was done before.
+        while let Err(error) = self.log.forget(tx, decision, diverged, None).await {
+            tracing::debug!(id = %self.id, %error, "not forgotten yet");
+            sleep(pauses.next().unwrap_or(LONGEST)).await;
+        }
+        self.hook.at(self.id, || Step::Forgotten).await;
+        Ok(())
+    }
+
+    pub(super) fn branch(&self, branch: &BranchRecord) -> Branch {
+        Branch {
+            group: self.log.group.clone(),
+            id: self.id,
+            participant: branch.name.as_str().into(),
+            body: branch.body.clone(),
+        }
+    }
+
+    fn outcome(&self, decision: Decision, ballot: &Ballot, unfinished: Vec<String>) -> Outcome {
+        let refusals = match decision {
+            Decision::Commit => Vec::new(),
+            Decision::Abort => ballot.refusals().map(|(participant, why)| Refusal { participant, why }).collect(),
+        };
+        Outcome { id: self.id, decision, refusals, unfinished }
+    }
+}
+
+fn without_remote_body(branch: &BranchRecord) -> BranchRecord {
+    let body = if branch.remote { Bytes::new() } else { branch.body.clone() };
+    BranchRecord { body, ..branch.clone() }
+}
