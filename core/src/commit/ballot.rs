@@ -33,6 +33,8 @@ pub(super) enum Answer {
     No(String),
     /// Not a yes; whether something was prepared is not known.
     Unsure(String),
+    /// Its answer was not waited for, because the outcome was clear without it.
+    Unheard,
 }
 
 #[derive(Debug)]
@@ -50,10 +52,15 @@ impl Ballot {
         Self { answers: vec![None; names.len()], cancelled: false, names }
     }
 
-    /// Nobody answers any more, for this reason.
+    /// Nobody is asked, for this reason.
     pub(super) fn give_up(&mut self, why: &str) {
-        for answer in self.answers.iter_mut().filter(|a| a.is_none()) {
-            *answer = Some(Answer::Unsure(why.to_owned()));
+        self.close(|_| Answer::Unsure(why.to_owned()));
+    }
+
+    /// From now on nobody answers.
+    fn close(&mut self, instead: impl Fn(usize) -> Answer) {
+        for (place, answer) in self.answers.iter_mut().enumerate().filter(|(_, answer)| answer.is_none()) {
+            *answer = Some(instead(place));
         }
     }
 
@@ -103,8 +110,12 @@ impl Ballot {
         // No prepare of this process goes on beside the abort that follows. One that never awaits cannot be stopped:
         // the participant has to refuse what comes late in any case.
         let _ = timeout(AFTER_A_NO, asked.shutdown()).await;
-        let why = if self.cancelled { "the caller gave up" } else { "no vote in time" };
-        self.give_up(&format!("{why} (within {:?}; is it served?)", drive.within));
+        let unheard = self.cancelled || refused;
+        self.close(|place| match (unheard, drive.branches[place].remote) {
+            (true, _) => Answer::Unheard,
+            (false, false) => Answer::Unsure(format!("no answer within {:?}", drive.within)),
+            (false, true) => Answer::Unsure(format!("no answer within {:?}; does anybody serve it?", drive.within)),
+        });
     }
 
     async fn read(&mut self, drive: &Drive, letters: &mut LetterBox) {

@@ -366,26 +366,36 @@ async fn tell(all: &Transactions, tx: &Open, decision: Decision) -> (Vec<String>
 pub(super) async fn abort_forgotten(all: &Transactions, participants: &[(String, Arc<dyn Participant>)]) {
     let limit = all.inner.options.within;
     for (name, participant) in participants {
-        let (asked, group) = (participant.clone(), all.group().to_owned());
-        let prepared = match guarded(limit, async move { asked.in_doubt(&group).await }).await {
-            Ok(prepared) => prepared,
-            Err(why) => {
-                tracing::debug!(participant = name, why, "cannot be asked what is in doubt");
-                continue;
-            }
-        };
-        for id in prepared {
-            // It was prepared before it was listed, and begun before it was prepared: unknown now means over.
+        let mut over = Vec::new();
+        for id in prepared(all, name, participant).await {
+            // It was begun before it was prepared: unknown now means over.
             if let Ok(Standing::Unknown) = all.log().standing(id).await {
-                let branch = Branch::new(all.group(), id, name, "");
-                let told = participant.clone();
-                tracing::warn!(%branch, "prepared although its transaction is over: aborted");
-                if let Err(why) = guarded(limit, async move { told.abort(&branch).await.map(drop) }).await {
-                    tracing::warn!(%id, participant = name, why, "not aborted yet");
-                }
+                over.push(id);
+            }
+        }
+        if over.is_empty() {
+            continue;
+        }
+        // A transaction that ended between the two looks has left nothing prepared. What still stands is never told.
+        let still = prepared(all, name, participant).await;
+        for id in over.into_iter().filter(|id| still.contains(id)) {
+            let branch = Branch::new(all.group(), id, name, "");
+            let told = participant.clone();
+            tracing::warn!(%branch, "prepared although its transaction is over: aborted");
+            if let Err(why) = guarded(limit, async move { told.abort(&branch).await.map(drop) }).await {
+                tracing::warn!(%id, participant = name, why, "not aborted yet");
             }
         }
     }
+}
+
+async fn prepared(all: &Transactions, name: &str, participant: &Arc<dyn Participant>) -> Vec<TxId> {
+    let (asked, group) = (participant.clone(), all.group().to_owned());
+    let answer = guarded(all.inner.options.within, async move { asked.in_doubt(&group).await }).await;
+    answer.unwrap_or_else(|why| {
+        tracing::debug!(participant = name, why, "cannot be asked what is in doubt");
+        Vec::new()
+    })
 }
 
 /// Whether an error means that somebody else has taken over.

@@ -2,6 +2,9 @@
 //!
 //! Promise: as for the waist, no case knows its backend; what is counted, is counted by a layer.
 
+mod atomic;
+mod atomic_crash;
+mod book;
 mod cancel;
 mod chaos;
 mod counting;
@@ -50,6 +53,8 @@ pub(crate) fn cases() -> Vec<Case> {
         election::cases(),
         election_turns::cases(),
         election_faults::cases(),
+        atomic::cases(),
+        atomic_crash::cases(),
     ]
     .concat()
 }
