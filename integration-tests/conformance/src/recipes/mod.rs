@@ -4,6 +4,7 @@
 
 mod atomic;
 mod atomic_crash;
+mod atomic_remote;
 mod book;
 mod cancel;
 mod chaos;
@@ -55,6 +56,7 @@ pub(crate) fn cases() -> Vec<Case> {
         election_faults::cases(),
         atomic::cases(),
         atomic_crash::cases(),
+        atomic_remote::cases(),
     ]
     .concat()
 }
