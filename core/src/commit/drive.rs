@@ -126,13 +126,18 @@ impl Drive {
         };
         let mut work: Vec<_> =
             self.branches.iter().filter(|b| b.remote).map(|b| (b.name.clone(), b.body.clone())).collect();
-        let tx = self.log.begin(self.id, record, &mut work).await.map_err(|error| match error.kind() {
-            // If it was written all the same, it is given up by a recoverer: nobody has been asked to prepare.
-            ErrorKind::Ambiguous => {
-                error.with_kind(ErrorKind::Unavailable).next("no participant was asked; begin another transaction")
+        let tx = match self.log.begin(self.id, record, &mut work).await {
+            Ok(tx) => tx,
+            Err(error) if error.kind() == ErrorKind::Ambiguous => {
+                // What is not taken back now is overdue before long.
+                if let Err(error) = self.log.take_back(self.id).await {
+                    tracing::debug!(id = %self.id, %error, "left to a recoverer");
+                }
+                let error = error.with_kind(ErrorKind::Unavailable);
+                return Err(error.next("nothing of it takes effect; begin another transaction"));
             }
-            _ => error,
-        })?;
+            Err(error) => return Err(error),
+        };
         let complete = self.log.tell(&tx, WorkState::Prepare, work).await;
         Ok((tx, complete))
     }

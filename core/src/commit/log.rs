@@ -127,6 +127,19 @@ impl Log {
         Ok(Open { id, key, revision: commit.revision, record })
     }
 
+    /// Takes back a begin whose reply was lost, if it is seen; one that lands later is overdue before long. Nobody has been
+    /// asked to prepare; what remote participants find meanwhile is taken away from them.
+    pub(super) async fn take_back(&self, id: TxId) -> Result<()> {
+        let Some(entry) = self.entry(&self.tx_key(id)).await? else { return Ok(()) };
+        let tx = self.open(entry)?;
+        let decided = self.decide(&tx, Decision::Abort, "its begin was not answered", None, &mut Vec::new()).await?;
+        if decided == Verdict::Made {
+            self.tell_waiting(&tx, Decision::Abort, None).await?;
+            self.forget(&tx, Decision::Abort, &[], None).await?;
+        }
+        Ok(())
+    }
+
     /// Puts the rest of the work, in as many steps as it takes, while the transaction is not forgotten.
     pub(super) async fn tell(&self, tx: &Open, state: WorkState, mut work: Vec<(String, Bytes)>) -> Result<()> {
         while !work.is_empty() {

@@ -67,6 +67,8 @@ mod deliver;
 mod desk;
 mod doubt;
 mod drive;
+mod keys;
+mod keys_record;
 mod log;
 mod participant;
 mod record;
@@ -76,6 +78,7 @@ mod steps;
 mod transaction;
 
 pub use doubt::{Doubt, DoubtState};
+pub use keys::{KeyWork, Keys, consistent_read};
 pub use participant::{Branch, Finish, Participant, TxId, Vote};
 pub use record::Decision;
 pub use recover::{RecoverOptions, Recoverer};

@@ -151,16 +151,16 @@ pub(super) fn encode<T: Serialize>(record: &T) -> Bytes {
     serde_json::to_vec(record).expect("strings and numbers are always JSON").into()
 }
 
-mod base64_bytes {
+pub(super) mod base64_bytes {
     use base64::{Engine as _, prelude::BASE64_STANDARD};
     use bytes::Bytes;
     use serde::{Deserialize as _, Deserializer, Serializer};
 
-    pub(super) fn serialize<S: Serializer>(bytes: &Bytes, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(in super::super) fn serialize<S: Serializer>(bytes: &Bytes, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&BASE64_STANDARD.encode(bytes))
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Bytes, D::Error> {
+    pub(in super::super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Bytes, D::Error> {
         let text = String::deserialize(deserializer)?;
         // Said without the text, which may be a secret.
         BASE64_STANDARD.decode(text).map(Into::into).map_err(|_| serde::de::Error::custom("not base64"))

@@ -327,7 +327,7 @@ impl Kv {
     }
 }
 
-fn describe(entry: Entry) -> Option<KeyValue> {
+pub(crate) fn describe(entry: Entry) -> Option<KeyValue> {
     let Some(key) = entry.key.name() else {
         tracing::debug!(key = entry.key.encoded(), "left out: another client stored a name that is not ours");
         return None;

@@ -8,7 +8,7 @@ use std::{
 
 use async_trait::async_trait;
 use quorate_core::{
-    Dir, ErrorKind, Key, Result,
+    Dir, ErrorKind, Key, KeyRange, Result,
     commit::{Branch, Decision, DoubtState, Finish, Participant, Step, TransactionsOptions, TxId, TxStatus, Vote},
     layer::{Stack, Verb},
 };
@@ -38,6 +38,7 @@ cases!("commit":
     a_heuristic_outcome_is_kept_until_somebody_has_seen_it,
     a_decision_by_hand_is_followed_by_all,
     many_transactions_leave_nothing,
+    a_group_that_is_dropped_is_gone,
 );
 
 /// With limits that only something broken reaches.
@@ -398,4 +399,19 @@ async fn many_transactions_leave_nothing(clients: Arc<dyn Clients>) {
 
 async fn next(running: &mut tokio::task::JoinSet<Result<quorate_core::commit::Outcome>>) -> bool {
     running.join_next().await.expect("one runs").expect("no panic").expect("an outcome").is_committed()
+}
+
+/// What participants keep must not keep the group: its driver's key has to go.
+async fn a_group_that_is_dropped_is_gone(clients: Arc<dyn Clients>) {
+    let coord = coord(&clients).await;
+    let drivers = KeyRange::prefix(&Dir::new(["txdriver", "gone"]).expect("valid"), "").expect("valid");
+    let count = async || coord.backend().read(&drivers).await.expect("reading works").entries.len();
+    let all = coord.transactions("gone").expect("a good name");
+    let keys = all.enlist_keys("keys", &coord).expect("enlisted");
+    let work = quorate_core::commit::KeyWork::new().put("a", "1");
+    assert!(all.begin().branch("keys", work).commit().await.expect("an outcome").is_committed());
+    assert_eq!(count().await, 1);
+    drop(all);
+    eventually("the driver's key is gone", async || count().await == 0).await;
+    assert!(keys.get("a").await.expect("reading works").is_some(), "the keys can be read on");
 }

@@ -4,6 +4,7 @@
 
 mod atomic;
 mod atomic_crash;
+mod atomic_keys;
 mod atomic_remote;
 mod book;
 mod cancel;
@@ -57,6 +58,7 @@ pub(crate) fn cases() -> Vec<Case> {
         atomic::cases(),
         atomic_crash::cases(),
         atomic_remote::cases(),
+        atomic_keys::cases(),
     ]
     .concat()
 }
