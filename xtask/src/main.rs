@@ -5,6 +5,7 @@
 //! ends, also by Ctrl-C or a kill.
 
 mod bench;
+mod binaries;
 mod check;
 mod run;
 mod table;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     Backend, TestArgs,
+    binaries::{self, Binary},
     run::{self, Outcome, cargo, headline, must, status},
     table::{self, Own, Row},
 };
@@ -15,22 +16,20 @@ pub(crate) fn test(args: &TestArgs) -> Outcome {
         None => Backend::chosen(&args.backend),
     };
     let everything = args.case.is_none() && args.external.is_none();
+    let binaries = binaries::build()?;
     let mut own = BTreeMap::new();
     if everything {
         if args.backend.is_empty() {
-            let shared = ["-p", "quorate-core", "-p", "quorate-conformance", "-p", "quorate-testkit", "-p", "xtask"];
-            // Not --all-targets, which builds the examples as tests: some tests run them as programs.
-            must("unit and doc tests of what all backends share", cargo(&["test"]).args(shared))?;
-            must("the facade's unit and doc tests, and its examples", &mut cargo(&["test", "-p", "quorate"]))?;
+            shared_tests(&binaries)?;
         }
         for backend in &backends {
-            let package = format!("quorate-{}", backend.name());
-            headline(&format!("the own unit, doc and server tests of {}", backend.name()));
-            own.insert(backend.name().to_owned(), own_tests(&package)?);
+            headline(&format!("the own unit and server tests of {}", backend.name()));
+            own.insert(backend.name().to_owned(), own_tests(&binaries, &package(*backend))?);
         }
     }
-    let mut rows = conformance(&backends, args.external.as_deref(), args.case.as_deref(), false)?;
-    settle(args, &backends, &mut rows)?;
+    let suite = find(&binaries)?;
+    let mut rows = conformance(suite, &backends, args.external.as_deref(), args.case.as_deref(), false)?;
+    settle(suite, args, &backends, &mut rows)?;
     for (name, passed) in own {
         rows.entry(name).or_insert_with(Row::default).own = Some(passed);
     }
@@ -38,24 +37,59 @@ pub(crate) fn test(args: &TestArgs) -> Outcome {
     if table::print(&names, &rows) { Ok(()) } else { Err("not everything passed; see the table".to_owned()) }
 }
 
-/// Timing tests of real servers can fail because the machine stood still. They get one more run, one after
-/// another, and the table says so.
-fn own_tests(package: &str) -> Outcome<Own> {
-    if status(&mut cargo(&["test", "-p", package, "--no-fail-fast"]))?.success() {
-        return Ok(Own::Passed);
+fn package(backend: Backend) -> String {
+    format!("quorate-{}", backend.name())
+}
+
+/// The program with the cases that run on every backend.
+const SUITE: (&str, &str) = ("quorate-integration-tests", "conformance");
+
+fn find(binaries: &[Binary]) -> Outcome<&Binary> {
+    let suite = binaries.iter().find(|b| (b.package.as_str(), b.target.as_str()) == SUITE);
+    suite.ok_or_else(|| "the conformance suite was not built".to_owned())
+}
+
+/// What belongs to no backend, the documentation's examples of all, and the examples that need no server.
+fn shared_tests(binaries: &[Binary]) -> Outcome {
+    headline("tests of what all backends share");
+    let of_backends: Vec<_> = Backend::ALL.into_iter().map(package).collect();
+    for binary in binaries.iter().filter(|b| !of_backends.contains(&b.package)) {
+        let is_suite = (binary.package.as_str(), binary.target.as_str()) == SUITE;
+        if !is_suite && !binary.passes(&[])? {
+            return Err(format!("tests of {} failed: {}", binary.package, binary.target));
+        }
     }
-    headline(&format!("something failed; the tests of {package} once more, one after another"));
-    let again = status(&mut cargo(&["test", "-p", package, "--no-fail-fast", "--", "--test-threads=1"]))?;
-    Ok(if again.success() { Own::PassedAlone } else { Own::Failed })
+    must("doc tests", &mut cargo(&["test", "--quiet", "--workspace", "--doc"]))?;
+    for example in ["tour", "transfer"] {
+        must(&format!("example {example}"), &mut cargo(&["run", "--quiet", "--example", example]))?;
+    }
+    Ok(())
+}
+
+/// Timing tests of real servers can fail because the machine stood still. A program that failed gets one more run, its
+/// tests one after another, and the table says so.
+fn own_tests(binaries: &[Binary], package: &str) -> Outcome<Own> {
+    let mut own = Own::Passed;
+    for binary in binaries.iter().filter(|b| b.package == package) {
+        if binary.passes(&[])? {
+            continue;
+        }
+        headline(&format!("something failed; {} {} once more, one after another", binary.package, binary.target));
+        if !binary.passes(&["--test-threads=1"])? {
+            return Ok(Own::Failed);
+        }
+        own = Own::PassedAlone;
+    }
+    Ok(own)
 }
 
 /// Runs cases that failed among all others once more alone, if there are few: many failures are no accident.
-fn settle(args: &TestArgs, backends: &[Backend], rows: &mut BTreeMap<String, Row>) -> Outcome {
+fn settle(suite: &Binary, args: &TestArgs, backends: &[Backend], rows: &mut BTreeMap<String, Row>) -> Outcome {
     for backend in backends {
         let Some(row) = rows.get_mut(backend.name()).filter(|row| row.failed.len() <= 3) else { continue };
         for case in std::mem::take(&mut row.failed) {
             headline(&format!("{}/{case} failed; once more, alone", backend.name()));
-            let again = conformance(&[*backend], args.external.as_deref(), Some(&case), true)?;
+            let again = conformance(suite, &[*backend], args.external.as_deref(), Some(&case), true)?;
             let passed = again.get(backend.name()).is_some_and(|row| row.failed.is_empty());
             if passed { row.shaky.push(case) } else { row.failed.push(case) }
         }
@@ -65,6 +99,7 @@ fn settle(args: &TestArgs, backends: &[Backend], rows: &mut BTreeMap<String, Row
 }
 
 fn conformance(
+    suite: &Binary,
     backends: &[Backend],
     external: Option<&str>,
     case: Option<&str>,
@@ -76,7 +111,7 @@ fn conformance(
     std::fs::create_dir_all(&folder).map_err(|e| format!("{} cannot be made: {e}", folder.display()))?;
     let results = folder.join(format!("conformance-{}.tsv", std::process::id()));
     let names: Vec<_> = backends.iter().map(|b| b.name()).collect();
-    let mut command = cargo(&["test", "-p", "quorate-integration-tests", "--test", "conformance", "--"]);
+    let mut command = suite.command();
     command.env("QUORATE_RESULTS", &results).env("QUORATE_BACKENDS", names.join(","));
     if let Some(url) = external {
         // By environment, not by argument: a URL may hold a password, and arguments are public.
