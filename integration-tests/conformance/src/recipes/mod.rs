@@ -6,6 +6,8 @@ mod atomic;
 mod atomic_crash;
 mod atomic_keys;
 mod atomic_remote;
+#[cfg(test)]
+mod atomic_script;
 mod book;
 mod cancel;
 mod chaos;
