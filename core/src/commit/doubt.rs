@@ -7,10 +7,14 @@ use std::{
 
 use super::{
     Decision, Transactions, TxId,
-    log::{Standing, Verdict},
-    record::{DecisionRecord, Parked, decode},
+    log::{OPERATOR, Standing, Verdict, Wish},
+    record::{DecisionRecord, Parked, VERSION, decode, encode},
 };
-use crate::error::{Error, ErrorKind, Result};
+use crate::{
+    backend::{Entry, Txn, Write},
+    error::{Error, ErrorKind, Result},
+    key::KeyRange,
+};
 
 /// A transaction that is not over, or that ended otherwise than decided.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,7 +40,7 @@ pub enum DoubtState {
     Undecided,
     /// Decided; not everybody has confirmed.
     Decided(Decision),
-    /// It is over, and these participants ended otherwise than decided: a heuristic outcome. It is listed until
+    /// A heuristic outcome: these participants ended otherwise than decided, or an operator decided. It is listed until
     /// [`Transactions::acknowledge`].
     Diverged {
         /// What was decided.
@@ -91,6 +95,8 @@ impl Transactions {
     /// Decides by hand a transaction that nobody has decided, and returns the decision that stands then, which is another
     /// one if somebody was faster. A recoverer carries it out; the driver, if it lives, does too.
     ///
+    /// It is recorded, and listed until [`acknowledge`](Self::acknowledge), as the word of `/operator`.
+    ///
     /// To abort is always safe. To commit is not: a participant that has not prepared cannot follow, and is then listed as
     /// [`Diverged`](DoubtState::Diverged).
     ///
@@ -108,7 +114,10 @@ impl Transactions {
             return Ok(stands);
         }
         tracing::warn!(%id, %decision, "decided by hand");
-        match log.decide(&tx, decision, "decided by hand", None, &mut Vec::new()).await? {
+        let record = Parked { v: VERSION, decision, what: "decided by hand".to_owned() };
+        let also = Write::Put { key: log.parked_key(id, OPERATOR)?, value: encode(&record), lease: None };
+        let wish = Wish { why: "decided by hand", fence: None, also: Some(also) };
+        match log.decide(&tx, decision, &wish, &mut Vec::new()).await? {
             Verdict::Made => Ok(decision),
             Verdict::Stands(stands) => Ok(stands),
             Verdict::Gone => Err(over()),
@@ -124,11 +133,11 @@ impl Transactions {
     /// Dropped half-way, some of its participants may still be listed.
     pub async fn acknowledge(&self, id: TxId) -> Result<bool> {
         let log = self.log();
-        let range = crate::key::KeyRange::prefix(&log.parked, &format!("{id}/"))?;
+        let range = KeyRange::prefix(&log.parked, &format!("{id}/"))?;
         let entries = log.backend.read(&range).await?.entries;
         for entry in &entries {
-            let writes = vec![crate::backend::Write::Delete(entry.key.clone())];
-            log.backend.commit(&crate::backend::Txn { checks: Vec::new(), writes }).await?;
+            let writes = vec![Write::Delete(entry.key.clone())];
+            log.backend.commit(&Txn { checks: Vec::new(), writes }).await?;
         }
         Ok(!entries.is_empty())
     }
@@ -140,7 +149,7 @@ fn unreadable(id: String, why: String) -> Doubt {
 }
 
 /// The heuristic outcomes, each transaction once.
-fn diverged(parked: &[crate::backend::Entry]) -> Vec<Doubt> {
+fn diverged(parked: &[Entry]) -> Vec<Doubt> {
     let mut found: BTreeMap<String, (Decision, BTreeMap<String, String>)> = BTreeMap::new();
     let mut doubts = Vec::new();
     for entry in parked {

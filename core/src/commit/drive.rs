@@ -18,7 +18,7 @@ use super::{
     ballot::Ballot,
     deliver::finish,
     desk::{Desk, LONGEST, LetterBox, backoff},
-    log::{Divergence, Log, Open, Verdict},
+    log::{Divergence, Log, Open, Verdict, Wish},
     record::{BranchRecord, Record, Says, VERSION, WorkState},
     steps::{Hook, Step},
 };
@@ -147,12 +147,13 @@ impl Drive {
         let wanted = ballot.decision();
         self.hook.at(self.id, || Step::Decide(wanted)).await;
         let why = ballot.why();
+        let wish = Wish { why: &why, ..Wish::default() };
         let mut untold = ballot.remote_to_tell(self);
         let mut pauses = backoff();
         let mut unsure = false;
         let answer_by = Instant::now() + self.within;
         let verdict = loop {
-            match self.log.decide(tx, wanted, &why, None, &mut untold).await {
+            match self.log.decide(tx, wanted, &wish, &mut untold).await {
                 Ok(verdict) => break verdict,
                 Err(error) if error.kind() == ErrorKind::Corrupt => return Err(error),
                 Err(error) => {
@@ -173,7 +174,11 @@ impl Drive {
                 let message = "the reply was lost, and others have finished and forgotten it meanwhile";
                 return Err(self.log.error(ErrorKind::Ambiguous, "decide", &tx.key, message));
             }
-            Verdict::Gone => Settled { decision: Decision::Abort, by: By::Gone },
+            // Recoverers abort what nobody has decided; only by hand can it have been committed.
+            Verdict::Gone => {
+                let by_hand = self.log.by_hand(self.id).await?;
+                Settled { decision: by_hand.unwrap_or(Decision::Abort), by: By::Gone }
+            }
         };
         metrics::counter!("quorate_transactions_total", "outcome" => settled.decision.to_string()).increment(1);
         self.hook.at(self.id, || Step::Decided(settled.decision)).await;

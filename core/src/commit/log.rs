@@ -29,6 +29,9 @@ pub(super) struct Log {
     pub(super) parked: Dir,
 }
 
+/// Who decides by hand, in the place of a participant's name. No participant has it: it is no name.
+pub(super) const OPERATOR: &str = "/operator";
+
 /// A transaction that stands in the log.
 #[derive(Debug, Clone)]
 pub(super) struct Open {
@@ -45,6 +48,16 @@ pub(super) enum Standing {
     Decided(Decision),
     /// Not in the log: it was never begun, or is over. If something of it is still prepared, that came late.
     Unknown,
+}
+
+/// A decision that somebody wants to make.
+#[derive(Debug, Default)]
+pub(super) struct Wish<'a> {
+    pub(super) why: &'a str,
+    /// What must stand as well.
+    pub(super) fence: Option<Check>,
+    /// What is written in the same step.
+    pub(super) also: Option<Write>,
 }
 
 /// What came of an attempt to decide.
@@ -132,7 +145,14 @@ impl Log {
     pub(super) async fn take_back(&self, id: TxId) -> Result<()> {
         let Some(entry) = self.entry(&self.tx_key(id)).await? else { return Ok(()) };
         let tx = self.open(entry)?;
-        let decided = self.decide(&tx, Decision::Abort, "its begin was not answered", None, &mut Vec::new()).await?;
+        let decided = self
+            .decide(
+                &tx,
+                Decision::Abort,
+                &Wish { why: "its begin was not answered", ..Wish::default() },
+                &mut Vec::new(),
+            )
+            .await?;
         if decided == Verdict::Made {
             self.tell_waiting(&tx, Decision::Abort, None).await?;
             self.forget(&tx, Decision::Abort, &[], None).await?;
@@ -161,17 +181,17 @@ impl Log {
         &self,
         tx: &Open,
         decision: Decision,
-        why: &str,
-        fence: Option<Check>,
+        wish: &Wish<'_>,
         work: &mut Vec<(String, Bytes)>,
     ) -> Result<Verdict> {
         let key = self.decision_key(tx.id);
-        let record = DecisionRecord { v: VERSION, decision, why: why.to_owned() };
+        let record = DecisionRecord { v: VERSION, decision, why: wish.why.to_owned() };
         let mut checks = vec![tx.stands(), Check::Absent(key.clone())];
-        checks.extend(fence);
+        checks.extend(wish.fence.clone());
         let value = encode(&record);
-        let mut room = Room::new(self, checks.len(), value.len());
+        let mut room = Room::new(self, checks.len() + usize::from(wish.also.is_some()), value.len());
         let mut writes = vec![put(key.clone(), value)];
+        writes.extend(wish.also.clone());
         let mut rest = work.clone();
         self.fill(&mut room, &mut writes, tx.id, &tx.record.driver, decision.into(), &mut rest)?;
         let commit = self.backend.commit(&Txn { checks, writes }).await?;
@@ -242,6 +262,14 @@ impl Log {
         writes.push(Write::Delete(self.decision_key(tx.id)));
         writes.push(Write::Delete(tx.key.clone()));
         self.backend.commit(&Txn { checks, writes }).await.map(drop)
+    }
+
+    /// The decision that an operator made by hand, as long as nobody has acknowledged it.
+    pub(super) async fn by_hand(&self, id: TxId) -> Result<Option<Decision>> {
+        let Some(entry) = self.entry(&self.parked_key(id, OPERATOR)?).await? else { return Ok(None) };
+        let parked: Parked =
+            decode(&entry.value).map_err(|why| self.error(ErrorKind::Corrupt, "look", &entry.key, &why.0))?;
+        Ok(Some(parked.decision))
     }
 
     /// The decision is read first. Read the other way round, a transaction that is decided and forgotten between the two

@@ -3,6 +3,8 @@
 //! Promise: every record says its version. One of a later version, or of somebody else, is never guessed at: it is told
 //! as [`Unreadable`] and left as it is.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -10,6 +12,9 @@ use crate::backend::Entry;
 
 /// The version that is written, and the last that is understood.
 pub(super) const VERSION: u32 = 1;
+
+/// The longest limit for votes.
+pub(super) const MOST: Duration = Duration::from_secs(86_400);
 
 /// How a transaction ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -41,6 +46,13 @@ pub(super) struct Record {
     /// The wall clock of who began it, for people only.
     pub(super) since_ms: u64,
     pub(super) branches: Vec<BranchRecord>,
+}
+
+impl Record {
+    /// Bounded, whatever stands in the record.
+    pub(super) fn within(&self) -> Duration {
+        Duration::from_millis(self.within_ms).min(MOST)
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

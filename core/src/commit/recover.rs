@@ -16,7 +16,7 @@ use tokio::{
 use super::{
     Branch, Decision, Finish, Participant, Transactions, TxId,
     deliver::{finish, guarded},
-    log::{Divergence, Open, Standing, Verdict},
+    log::{Divergence, Open, Standing, Verdict, Wish},
     steps::Step,
 };
 use crate::{
@@ -154,6 +154,8 @@ impl Run {
         let mut drivers: Option<Watch> = None;
         let mut next = Instant::now();
         let mut orphans = Instant::now();
+        // In a task of its own: a participant that hangs holds up nothing else.
+        let mut sweep = JoinSet::new();
         loop {
             if drivers.is_none() {
                 drivers = self.watch_drivers().await;
@@ -162,7 +164,10 @@ impl Run {
                 next = self.scan(&mut working).await;
             }
             if orphans <= Instant::now() {
-                abort_forgotten(&self.all, &self.all.all_enlisted()).await;
+                if sweep.is_empty() {
+                    let all = self.all.clone();
+                    sweep.spawn(async move { abort_forgotten(&all, &all.all_enlisted()).await });
+                }
                 orphans = Instant::now() + self.options.every.mul_f64(rand::random_range(1.0..2.0));
             }
             tokio::select! {
@@ -175,6 +180,7 @@ impl Run {
                     }
                     next = next.min(Instant::now() + self.options.every / 4);
                 }
+                Some(_) = sweep.join_next(), if !sweep.is_empty() => {}
                 () = sleep_until(next.min(orphans)) => {}
             }
         }
@@ -211,7 +217,7 @@ impl Run {
                 Some(*self.missing.entry(tx.record.driver.clone()).or_insert(now))
             };
             // Twice the limit is what a driver may need; whoever takes longer is not one that works.
-            let overdue = seen.since + 2 * Duration::from_millis(tx.record.within_ms) + 4 * self.options.grace;
+            let overdue = seen.since + 2 * tx.record.within() + 4 * self.options.grace;
             let due = missing.map_or(overdue, |since| (since + self.options.grace).min(overdue)).max(seen.next);
             if seen.under_way {
                 continue;
@@ -225,6 +231,7 @@ impl Run {
             let (all, id) = (self.all.clone(), tx.id);
             working.spawn(async move { (id, take_over(&all, tx, forget).await) });
         }
+        metrics::gauge!("quorate_transactions_open", "group" => self.all.group().to_owned()).set(standing.len() as f64);
         self.seen.retain(|id, seen| seen.under_way || standing.contains(id));
         if self.seen.is_empty() {
             self.missing.clear();
@@ -304,7 +311,8 @@ async fn carry_out(all: &Transactions, guard: &LockGuard, tx: &Open, forget: boo
         Standing::Undecided => {
             hook.at(tx.id, || Step::Decide(Decision::Abort)).await;
             let why = "given up by a recoverer: its driver is gone, or it is overdue";
-            match log.decide(tx, Decision::Abort, why, fence(), &mut Vec::new()).await? {
+            let wish = Wish { why, fence: fence(), also: None };
+            match log.decide(tx, Decision::Abort, &wish, &mut Vec::new()).await? {
                 Verdict::Made => {
                     tracing::info!(id = %tx.id, "an undecided transaction is aborted");
                     hook.at(tx.id, || Step::Decided(Decision::Abort)).await;
@@ -338,7 +346,7 @@ async fn carry_out(all: &Transactions, guard: &LockGuard, tx: &Open, forget: boo
 async fn tell(all: &Transactions, tx: &Open, decision: Decision) -> (Vec<String>, Vec<Divergence>) {
     let (mut unreached, mut diverged) = (Vec::new(), Vec::new());
     let mut telling = JoinSet::new();
-    let limit = Duration::from_millis(tx.record.within_ms).clamp(Duration::from_secs(1), ATTEMPT);
+    let limit = tx.record.within().clamp(Duration::from_secs(1), ATTEMPT);
     for branch in tx.record.branches.iter().filter(|branch| !branch.remote) {
         let Some(participant) = all.enlisted(&branch.name) else {
             unreached.push(branch.name.clone());

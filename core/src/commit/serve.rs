@@ -26,7 +26,7 @@ use crate::{
     watch::WatchEvent,
 };
 
-/// How many branches are worked on at a time.
+/// How many branches are prepared at a time.
 const AT_ONCE: usize = 64;
 /// A prepare is not hurried: its driver has the limit, and tells when it has given up.
 const A_DAY: Duration = Duration::from_secs(86_400);
@@ -130,6 +130,7 @@ impl Server {
         let mut desk = Desk { jobs: JoinSet::new(), current: HashMap::new(), room: Arc::new(Semaphore::new(AT_ONCE)) };
         let mut look = Instant::now();
         let own = [(self.name.to_string(), self.participant.clone())];
+        let mut sweep = JoinSet::new();
         loop {
             tokio::select! {
                 event = watch.next() => match event {
@@ -150,8 +151,12 @@ impl Server {
                     None => return watch.end().map_or(Ok(()), Err),
                 },
                 Some(_) = desk.jobs.join_next(), if !desk.jobs.is_empty() => {}
+                Some(_) = sweep.join_next(), if !sweep.is_empty() => {}
                 () = sleep_until(look) => {
-                    abort_forgotten(&self.all, &own).await;
+                    if sweep.is_empty() {
+                        let (all, own) = (self.all.clone(), own.clone());
+                        sweep.spawn(async move { abort_forgotten(&all, &own).await });
+                    }
                     look = Instant::now() + LOOK_EVERY.mul_f64(rand::random_range(0.75..1.25));
                 }
             }
@@ -174,10 +179,14 @@ impl Server {
             branch,
             work,
         };
-        let room = desk.room.clone();
+        // Only prepares wait for room: one of them may be waiting for what an outcome lets go.
+        let room = (job.work.state == WorkState::Prepare).then(|| desk.room.clone());
         let task = desk.jobs.spawn(async move {
-            // The semaphore is never closed.
-            let Ok(_place) = room.acquire().await else { return };
+            let _place = match &room {
+                // The semaphore is never closed.
+                Some(room) => Some(room.acquire().await),
+                None => None,
+            };
             if let Err(error) = job.run().await {
                 tracing::warn!(branch = %job.branch, %error, "left to whoever serves it next");
             }

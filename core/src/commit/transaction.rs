@@ -15,8 +15,8 @@ use super::{
     Decision, Participant, TxId,
     desk::Desk,
     drive::{Caller, Drive},
-    log::{Log, Standing},
-    record::BranchRecord,
+    log::{Log, OPERATOR, Standing},
+    record::{BranchRecord, MOST},
     steps::{Hook, Step},
 };
 use crate::{
@@ -28,7 +28,8 @@ use crate::{
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct TransactionsOptions {
-    /// How long votes are waited for, and how long each participant may take to confirm before it is asked again.
+    /// How long votes are waited for, and how long each participant may take to confirm before it is asked again. A day at
+    /// the most.
     pub within: Duration,
     pub(super) hook: Hook,
 }
@@ -136,6 +137,7 @@ impl Coordinator {
             return Err(Error::invalid("transactions", "the time limit for votes is zero").key(group));
         }
         let log = Log::new(self.backend().clone(), group)?;
+        let options = TransactionsOptions { within: options.within.min(MOST), ..options };
         let (enlisted, desk) = (Mutex::default(), Mutex::default());
         Ok(Transactions { inner: Arc::new(Inner { coord: self.clone(), log, options, enlisted, desk }) })
     }
@@ -205,6 +207,11 @@ impl Transactions {
     /// A name must be good for every key that it will be part of.
     pub(super) fn check_name(&self, name: &str) -> Result<()> {
         let (log, id) = (self.log(), TxId::random());
+        if name == OPERATOR {
+            return Err(Error::invalid("transaction", "this name stands for decisions by hand")
+                .key(name)
+                .on(log.name()));
+        }
         let told = |error: Error| error.on(log.name());
         log.work_key(name, id).map_err(told)?;
         log.mail_key("driver", id, name).map_err(told)?;
@@ -259,7 +266,7 @@ impl Transaction {
 
     /// Sets the limit for votes of this transaction.
     pub fn within(mut self, limit: Duration) -> Self {
-        self.within = limit;
+        self.within = limit.min(MOST);
         self
     }
 

@@ -249,6 +249,7 @@ async fn bad_transactions_are_refused_before_anything_is_sent(clients: Arc<dyn C
     refused(coord.transactions(""), ErrorKind::InvalidInput, "an empty group");
     refused(all.enlist("a", Book::new()), ErrorKind::InvalidInput, "a name that is enlisted");
     refused(all.enlist("", Book::new()), ErrorKind::InvalidInput, "an empty name");
+    refused(all.enlist("/operator", Book::new()), ErrorKind::InvalidInput, "the operator's name");
     assert_eq!(counted.work(), HashMap::new(), "nothing was sent");
     // This one needs the driver's key, and no more.
     let large = vec![0_u8; coord.profile().max_value];
@@ -367,6 +368,13 @@ async fn a_decision_by_hand_is_followed_by_all(clients: Arc<dyn Clients>) {
     let outcome = commit.soon("the driver").await.expect("an outcome");
     assert_eq!(outcome.decision, Decision::Abort, "the driver follows");
     assert_one_side(&books, "by hand");
+    // Who decided stays on the list until somebody has seen it.
+    eventually("only the operator's word is left", async || residue(coord.backend(), "by-hand", &[]).await.len() == 1)
+        .await;
+    let doubts = all.in_doubt().await.expect("a list");
+    let what = [("/operator".to_owned(), "decided by hand".to_owned())].into();
+    assert_eq!(doubts[0].state, DoubtState::Diverged { decision: Decision::Abort, what });
+    assert!(all.acknowledge(id).await.expect("acknowledged"));
     until_clean(&coord, "by-hand", &[]).await;
     refused(all.resolve(id, Decision::Abort).await, ErrorKind::InvalidInput, "a transaction that is over");
 }

@@ -32,6 +32,7 @@ use crate::{
 cases!("commit_crash":
     whatever_step_the_driver_dies_at_all_end_on_one_side,
     a_driver_that_slept_through_its_recovery_follows_it,
+    a_driver_that_slept_through_a_commit_by_hand_follows_it,
     a_prepare_that_comes_after_the_recovery_leaves_nothing,
     recoverers_at_the_same_time_do_the_work_once,
     what_no_driver_remembers_is_taken_back,
@@ -223,6 +224,31 @@ async fn a_driver_that_slept_through_its_recovery_follows_it(clients: Arc<dyn Cl
     assert_eq!(outcome.decision, Decision::Abort, "its late decision is refused");
     assert_one_side(&books, "sleeper");
     until_clean(&other, "sleeper", &[]).await;
+}
+
+/// An operator commits, others carry it out and forget; nothing but the operator's word tells the driver.
+async fn a_driver_that_slept_through_a_commit_by_hand_follows_it(clients: Arc<dyn Clients>) {
+    let books = [Book::new(), Book::new(), Book::new()];
+    let (options, reached, go) = stopping(|step| matches!(step, Step::Decide(Decision::Commit)));
+    let sleeper = coord(&clients).await;
+    let all = sleeper.transactions_with("by-hand", options).expect("a good name");
+    with_books(&all, &books);
+    let tx = all.begin().branch("a", "").branch("b", "").branch("c", "");
+    let id = tx.id();
+    let mut driver = spawn(tx.commit());
+    reached.notified().await;
+    let operator = coord(&clients).await.transactions("by-hand").expect("a good name");
+    assert_eq!(operator.resolve(id, Decision::Commit).await.expect("decided"), Decision::Commit);
+    sleeper.close().await.expect("closed");
+    let (other, _recoverer) = recovered(&clients, "by-hand", &books).await;
+    let left = async || residue(other.backend(), "by-hand", &[]).await.len();
+    eventually("only the operator's word is left", async || left().await == 1).await;
+    go.notify_one();
+    let outcome = driver.soon("the driver").await.expect("an outcome");
+    assert_eq!(outcome.decision, Decision::Commit, "it was told by the operator's word");
+    assert!(operator.acknowledge(id).await.expect("acknowledged"));
+    assert_one_side(&books, "by hand");
+    until_clean(&other, "by-hand", &[]).await;
 }
 
 /// The driver sleeps before it asks one of them; that prepare comes when all is over.
