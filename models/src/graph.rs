@@ -74,6 +74,18 @@ where
         self.states.len()
     }
 
+    /// The shortest way to such a state: the steps, each with the state before it.
+    pub fn first(&self, wanted: impl Fn(&M::State) -> bool) -> Option<Vec<(M::State, M::Action)>> {
+        let mut at = self.states.iter().position(wanted)?;
+        let mut way = Vec::new();
+        while let Some((from, action)) = &self.met[at] {
+            at = *from as usize;
+            way.push((self.states[at].clone(), action.clone()));
+        }
+        way.reverse();
+        Some(way)
+    }
+
     /// The shortest way to a state among `from` that cannot reach the goal, and the state.
     pub fn stuck(
         &self,

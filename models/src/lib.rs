@@ -6,14 +6,17 @@
 //! takes flaws on request, and the tests show that the checker finds each of them.
 //!
 //! - [`decision_record`]: what quorate does, two-phase commit whose decision is created at most once in the store.
+//! - [`three_phase`]: three-phase commit, by timeouts alone and with a decision record.
 //! - [`classic`]: textbook two-phase commit, whose number of states is known: it checks the checker.
 //!
 //! Names of properties are those of the list that the tests of the library go by: P26 stability, P27 consistency, P28
-//! validity, P29 recovery, P30 the in-doubt rule, P31 blocking without recovery, P33 one decision.
+//! validity, P29 recovery, P30 the in-doubt rule, P31 blocking without recovery, P32 the limits of three-phase commit, P33
+//! one decision.
 
 pub mod classic;
 pub mod decision_record;
 pub mod graph;
+pub mod three_phase;
 
 /// A decision about a transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
