@@ -1,6 +1,7 @@
 //! Atomic commit with a decision record, in every state that three participants, a driver and two recoverers can be in.
 
 use quorate_models::{
+    Decision,
     decision_record::{Action, DecisionRecord, Driver, Flaw, State, Status},
     graph::Graph,
 };
@@ -16,7 +17,7 @@ const ONE_DECISION: &str = "P33 there is one decision";
 const OVER: &str = "P33 nothing is decided that is over";
 
 fn model(recoverers: usize) -> DecisionRecord<3> {
-    DecisionRecord { recoverers, flaw: None }
+    DecisionRecord { recoverers, operator: false, flaw: None }
 }
 
 #[test]
@@ -28,6 +29,19 @@ fn every_property_holds_in_every_state() {
         checker.assert_properties();
         assert_eq!(checker.unique_state_count(), states);
     }
+}
+
+#[test]
+fn every_property_holds_when_an_operator_decides_by_hand() {
+    let with = |flaw| DecisionRecord::<3> { recoverers: 1, operator: true, flaw };
+    let checker = with(None).checker().spawn_bfs().join();
+    checker.assert_properties();
+    assert_eq!(checker.unique_state_count(), 132_836);
+    // The driver may then find a transaction forgotten that was committed, although it has decided nothing itself.
+    let found = HasDiscoveries::AnyOf([NEVER_BOTH].into());
+    let checker = with(Some(Flaw::OverMeansAborted)).checker().finish_when(found).spawn_bfs().join();
+    let way = checker.assert_any_discovery(NEVER_BOTH).into_actions();
+    assert!(way.contains(&Action::OperatorDecides(Decision::Commit)), "{way:#?}");
 }
 
 #[test]
@@ -50,7 +64,7 @@ fn without_recoverers_a_dead_driver_leaves_the_prepared_in_doubt_p31() {
 
 /// The checker finds that the flaw breaks the property, and tells how.
 fn breaks(flaw: Flaw, property: &'static str) {
-    let model = DecisionRecord::<3> { recoverers: 2, flaw: Some(flaw) };
+    let model = DecisionRecord::<3> { recoverers: 2, operator: false, flaw: Some(flaw) };
     let found = HasDiscoveries::AnyOf([property].into());
     let way = model.checker().finish_when(found).spawn_bfs().join().assert_any_discovery(property);
     println!("{flaw:?} breaks {property:?} in these steps: {:#?}", way.into_actions());
@@ -59,7 +73,7 @@ fn breaks(flaw: Flaw, property: &'static str) {
 /// The checker finds a state from which no recoverer leads to the end.
 fn sticks(flaw: Flaw) {
     // One of them: the states are fewer, and what one can finish is what is promised.
-    let graph = Graph::of(&DecisionRecord::<3> { recoverers: 1, flaw: Some(flaw) }, Action::recovers);
+    let graph = Graph::of(&DecisionRecord::<3> { recoverers: 1, operator: false, flaw: Some(flaw) }, Action::recovers);
     let (way, state) = graph.stuck(State::is_recovered, State::is_settled).expect("it gets stuck");
     println!("{flaw:?} leaves this for ever: {state:?}, after these steps: {way:#?}");
 }
@@ -98,7 +112,10 @@ fn without_tombstones_a_late_prepare_leaves_an_orphan() {
 #[test]
 fn a_look_for_what_came_late_removes_the_orphan() {
     breaks(Flaw::NoTombstones, LATE);
-    let graph = Graph::of(&DecisionRecord::<3> { recoverers: 1, flaw: Some(Flaw::NoTombstones) }, Action::recovers);
+    let graph = Graph::of(
+        &DecisionRecord::<3> { recoverers: 1, operator: false, flaw: Some(Flaw::NoTombstones) },
+        Action::recovers,
+    );
     let stuck = graph.stuck(State::is_recovered, |s: &State<3>| s.is_settled());
     assert!(stuck.is_none(), "{stuck:#?}");
 }

@@ -21,6 +21,8 @@ use crate::Decision;
 pub struct DecisionRecord<const N: usize> {
     /// How many processes recover: none, one or two.
     pub recoverers: usize,
+    /// Whether an operator may decide by hand: to abort at any time, to commit if everyone is prepared.
+    pub operator: bool,
     /// A rule that is broken.
     pub flaw: Option<Flaw>,
 }
@@ -48,6 +50,8 @@ pub enum Flaw {
     BeginsAgain,
     /// Whoever looks for what came late asks the participant once, before the log, and not once more after it.
     LooksOnce,
+    /// A driver that finds its transaction decided and forgotten by others takes it for aborted, and tells so.
+    OverMeansAborted,
 }
 
 /// The record of the transaction.
@@ -271,6 +275,8 @@ pub enum Action {
     Look(usize),
     /// It has found one, and the participant is told.
     OrphanAbortArrives(usize),
+    /// The operator decides.
+    OperatorDecides(Decision),
     /// [`Flaw::RecovererGuesses`].
     RecovererCommits(usize),
     /// [`Flaw::TimesOutAlone`].

@@ -75,6 +75,12 @@ impl<const N: usize> DecisionRecord<N> {
             (on_the_way.forget, Action::ForgetLands),
         ];
         actions.extend(sent.into_iter().filter_map(|(sent, action)| sent.then_some(action)));
+        if self.operator && state.tx == Tx::Stands && state.decision.is_none() {
+            actions.push(Action::OperatorDecides(Abort));
+            if state.branches.iter().all(|b| matches!(b.status, Status::Prepared | Status::Out)) {
+                actions.push(Action::OperatorDecides(Commit));
+            }
+        }
         for (at, branch) in state.branches.iter().enumerate() {
             if on_the_way.prepare {
                 actions.extend(VOTES.into_iter().map(|vote| Action::PrepareArrives(at, vote)));
@@ -127,7 +133,7 @@ impl<const N: usize> DecisionRecord<N> {
             Action::DriverDecides | Action::DriverLosesReply | Action::DriverLooks | Action::DriverCrashes => {
                 self.driver_settles(state, action);
             }
-            Action::LateDecide(decision) => drop(self.decide(state, decision)),
+            Action::LateDecide(decision) | Action::OperatorDecides(decision) => drop(self.decide(state, decision)),
             Action::ForgetLands => {
                 if state.tx == Tx::Stands {
                     state.tx = Tx::Over;
@@ -170,11 +176,11 @@ impl<const N: usize> DecisionRecord<N> {
             (Action::DriverLooks, Driver::Refused { wanted, unsure }) => match (state.decision, state.tx) {
                 (Some(decision), _) => state.driver_tells(decision),
                 (None, Tx::Stands) => state.driver = Driver::Deciding { wanted, unsure },
-                // Its own may have been carried out and forgotten by others: nobody is told anything.
-                (None, _) if unsure && wanted == Commit => state.driver = Driver::Gone,
+                // Whoever has forgotten it has told everybody before; how it ended cannot be known any more.
                 (None, _) => {
                     state.driver = Driver::Gone;
-                    state.on_the_way.abort = true;
+                    let aborted = !(unsure && wanted == Commit);
+                    state.on_the_way.abort |= aborted && self.has(Flaw::OverMeansAborted);
                 }
             },
             (Action::DriverCrashes, driver) => {
