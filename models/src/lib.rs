@@ -6,6 +6,7 @@
 //! takes flaws on request, and the tests show that the checker finds each of them.
 //!
 //! - [`decision_record`]: what quorate does, two-phase commit whose decision is created at most once in the store.
+//! - [`remote`]: the same with participants that are reached, and vote, through records of the store.
 //! - [`three_phase`]: three-phase commit, by timeouts alone and with a decision record.
 //! - [`classic`]: textbook two-phase commit, whose number of states is known: it checks the checker.
 //!
@@ -16,6 +17,7 @@
 pub mod classic;
 pub mod decision_record;
 pub mod graph;
+pub mod remote;
 pub mod three_phase;
 
 /// A decision about a transaction.
