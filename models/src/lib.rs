@@ -5,7 +5,8 @@
 //! What is checked are the rules, not the code that follows them: the code is tested against real servers. Each model
 //! takes flaws on request, and the tests show that the checker finds each of them.
 //!
-//! - [`decision_record`]: what quorate does, two-phase commit whose decision is created at most once in the store.
+//! - [`decision_record`]: what quorate does, two-phase commit whose decision is created at most once in the store; on
+//!   request with a third phase.
 //! - [`remote`]: the same with participants that are reached, and vote, through records of the store.
 //! - [`three_phase`]: three-phase commit, by timeouts alone and with a decision record.
 //! - [`classic`]: textbook two-phase commit, whose number of states is known: it checks the checker.

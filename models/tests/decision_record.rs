@@ -13,11 +13,16 @@ const NEVER_BOTH: &str = "P27 nobody is told both";
 const VALID: &str = "P28 commit is decided only if all are in favour";
 const IN_DOUBT: &str = "P30 nobody prepared ends undecided";
 const LATE: &str = "P30 a prepare that comes late is refused";
+const READY: &str = "P32 what all are in favour of is not aborted";
 const ONE_DECISION: &str = "P33 there is one decision";
 const OVER: &str = "P33 nothing is decided that is over";
 
 fn model(recoverers: usize) -> DecisionRecord<3> {
-    DecisionRecord { recoverers, operator: false, flaw: None }
+    DecisionRecord { recoverers, ..DecisionRecord::default() }
+}
+
+fn three_phase(flaw: Option<Flaw>) -> DecisionRecord<3> {
+    DecisionRecord { recoverers: 1, operator: false, pre_commits: true, flaw }
 }
 
 #[test]
@@ -33,7 +38,7 @@ fn every_property_holds_in_every_state() {
 
 #[test]
 fn every_property_holds_when_an_operator_decides_by_hand() {
-    let with = |flaw| DecisionRecord::<3> { recoverers: 1, operator: true, flaw };
+    let with = |flaw| DecisionRecord::<3> { recoverers: 1, operator: true, flaw, ..DecisionRecord::default() };
     let checker = with(None).checker().spawn_bfs().join();
     checker.assert_properties();
     assert_eq!(checker.unique_state_count(), 132_836);
@@ -42,6 +47,42 @@ fn every_property_holds_when_an_operator_decides_by_hand() {
     let checker = with(Some(Flaw::OverMeansAborted)).checker().finish_when(found).spawn_bfs().join();
     let way = checker.assert_any_discovery(NEVER_BOTH).into_actions();
     assert!(way.contains(&Action::OperatorDecides(Decision::Commit)), "{way:#?}");
+}
+
+#[test]
+fn every_property_holds_with_three_phases() {
+    for (recoverers, operator, states) in [(1, false, 103_228), (2, false, 414_229), (1, true, 153_722)] {
+        let model = DecisionRecord::<3> { recoverers, operator, pre_commits: true, flaw: None };
+        let checker = model.checker().spawn_bfs().join();
+        println!("three phases, {recoverers} recoverers, operator {operator}: {} states", checker.unique_state_count());
+        checker.assert_properties();
+        assert_eq!(checker.unique_state_count(), states);
+    }
+}
+
+/// What the third phase is for: a driver that dies after the votes does not take the commit with it.
+#[test]
+fn what_all_are_in_favour_of_is_committed_by_a_recoverer_p32() {
+    let committed = |s: &State<3>| s.is_settled() && !s.any(Status::Aborted) && !s.any(Status::Refused);
+    let graph = Graph::of(&three_phase(None), Action::recovers);
+    let stuck = graph.stuck(|s| s.is_recovered() && s.ready, committed);
+    assert!(stuck.is_none(), "{stuck:#?}");
+    let stuck = graph.stuck(State::is_recovered, State::is_settled);
+    assert!(stuck.is_none(), "{stuck:#?}");
+}
+
+#[test]
+fn an_abort_looks_whether_all_are_in_favour_p32() {
+    let found = HasDiscoveries::AnyOf([READY].into());
+    let checker = three_phase(Some(Flaw::AbortsTheReady)).checker().finish_when(found).spawn_bfs().join();
+    println!("{:?}", checker.assert_any_discovery(READY).into_actions());
+}
+
+#[test]
+fn that_all_are_in_favour_is_not_written_after_the_end() {
+    let graph = Graph::of(&three_phase(Some(Flaw::ReadyUnchecked)), Action::recovers);
+    let (way, state) = graph.stuck(State::is_recovered, State::is_settled).expect("it stays for ever");
+    println!("{state:?} after {way:?}");
 }
 
 #[test]
@@ -64,7 +105,7 @@ fn without_recoverers_a_dead_driver_leaves_the_prepared_in_doubt_p31() {
 
 /// The checker finds that the flaw breaks the property, and tells how.
 fn breaks(flaw: Flaw, property: &'static str) {
-    let model = DecisionRecord::<3> { recoverers: 2, operator: false, flaw: Some(flaw) };
+    let model = DecisionRecord::<3> { recoverers: 2, flaw: Some(flaw), ..DecisionRecord::default() };
     let found = HasDiscoveries::AnyOf([property].into());
     let way = model.checker().finish_when(found).spawn_bfs().join().assert_any_discovery(property);
     println!("{flaw:?} breaks {property:?} in these steps: {:#?}", way.into_actions());
@@ -73,7 +114,10 @@ fn breaks(flaw: Flaw, property: &'static str) {
 /// The checker finds a state from which no recoverer leads to the end.
 fn sticks(flaw: Flaw) {
     // One of them: the states are fewer, and what one can finish is what is promised.
-    let graph = Graph::of(&DecisionRecord::<3> { recoverers: 1, operator: false, flaw: Some(flaw) }, Action::recovers);
+    let graph = Graph::of(
+        &DecisionRecord::<3> { recoverers: 1, flaw: Some(flaw), ..DecisionRecord::default() },
+        Action::recovers,
+    );
     let (way, state) = graph.stuck(State::is_recovered, State::is_settled).expect("it gets stuck");
     println!("{flaw:?} leaves this for ever: {state:?}, after these steps: {way:#?}");
 }
@@ -113,7 +157,7 @@ fn without_tombstones_a_late_prepare_leaves_an_orphan() {
 fn a_look_for_what_came_late_removes_the_orphan() {
     breaks(Flaw::NoTombstones, LATE);
     let graph = Graph::of(
-        &DecisionRecord::<3> { recoverers: 1, operator: false, flaw: Some(Flaw::NoTombstones) },
+        &DecisionRecord::<3> { recoverers: 1, flaw: Some(Flaw::NoTombstones), ..DecisionRecord::default() },
         Action::recovers,
     );
     let stuck = graph.stuck(State::is_recovered, |s: &State<3>| s.is_settled());

@@ -1,4 +1,5 @@
-//! What quorate does: two-phase commit with presumed abort, whose decision is a record that is created at most once.
+//! What quorate does: two-phase commit with presumed abort, whose decision is a record that is created at most once;
+//! on request with a third phase, a record that all are in favour.
 //!
 //! Promise: with three participants, one driver and two recoverers the properties hold in every state that can be reached
 //! although
@@ -21,6 +22,9 @@ use crate::Decision;
 pub struct DecisionRecord<const N: usize> {
     /// How many processes recover: none, one or two.
     pub recoverers: usize,
+    /// Whether it is three-phase: before it decides to commit, the driver writes down that all are in favour, and from then
+    /// on whoever recovers commits instead of aborting.
+    pub pre_commits: bool,
     /// Whether an operator may decide by hand: to abort at any time, to commit if everyone is prepared.
     pub operator: bool,
     /// A rule that is broken.
@@ -52,6 +56,10 @@ pub enum Flaw {
     LooksOnce,
     /// A driver that finds its transaction decided and forgotten by others takes it for aborted, and tells so.
     OverMeansAborted,
+    /// That all are in favour is written without a look whether the transaction is over.
+    ReadyUnchecked,
+    /// An abort is decided without a look whether all are in favour.
+    AbortsTheReady,
 }
 
 /// The record of the transaction.
@@ -132,6 +140,8 @@ pub enum Driver {
     Beginning,
     /// Participants are asked.
     Collecting,
+    /// That all are in favour is on its way to the store.
+    Readying,
     /// The decision is on its way to the store. Unsure: the answer of an earlier attempt was lost.
     Deciding {
         /// The decision it would make.
@@ -163,6 +173,8 @@ pub enum Recoverer {
     SawNoDecision,
     /// It has read that nothing is decided.
     SawUndecided,
+    /// It has read that nothing is decided and all are in favour.
+    SawReady,
     /// Telling the decision until everyone has confirmed.
     Telling(Decision),
 }
@@ -182,6 +194,8 @@ pub struct OnTheWay {
     pub decide_commit: bool,
     /// To the store, as before.
     pub decide_abort: bool,
+    /// To the store, as before.
+    pub ready: bool,
     /// To the store.
     pub forget: bool,
 }
@@ -193,6 +207,8 @@ pub struct History {
     pub commit: bool,
     /// The decision to abort was made.
     pub abort: bool,
+    /// It was written down that all are in favour.
+    pub ready: bool,
     /// A branch has left an end.
     pub moved_back: bool,
     /// A prepare was accepted after the abort of its branch.
@@ -208,6 +224,8 @@ pub struct State<const N: usize> {
     pub tx: Tx,
     /// In the store.
     pub decision: Option<Decision>,
+    /// In the store: all are in favour.
+    pub ready: bool,
     /// In memory.
     pub driver: Driver,
     /// In memory.
@@ -239,6 +257,10 @@ pub enum Action {
     ChooseAbort,
     /// All are out: it is forgotten without a decision.
     NothingToDo,
+    /// The driver hears that it is written down that all are in favour, or that it was refused.
+    DriverIsReady,
+    /// That all are in favour is written from an attempt given up.
+    LateReady,
     /// The driver's attempt reaches the store, and the driver hears what came of it.
     DriverDecides,
     /// The driver does not hear what came of it, and tries again.
@@ -277,7 +299,7 @@ pub enum Action {
     OrphanAbortArrives(usize),
     /// The operator decides.
     OperatorDecides(Decision),
-    /// [`Flaw::RecovererGuesses`].
+    /// Its commit reaches the store, because all are in favour, and it hears what came of it; or [`Flaw::RecovererGuesses`].
     RecovererCommits(usize),
     /// [`Flaw::TimesOutAlone`].
     TimesOut(usize),
@@ -294,6 +316,7 @@ impl Action {
                 | Self::RecovererLooks(_)
                 | Self::RecovererLooksAgain(_)
                 | Self::RecovererAborts(_)
+                | Self::RecovererCommits(_)
                 | Self::RecovererForgets(_)
                 | Self::Look(_)
                 | Self::OrphanAbortArrives(_)
@@ -317,7 +340,9 @@ impl<const N: usize> State<N> {
         match self.tx {
             Tx::Ahead => self.branches.iter().all(|b| b.status == Status::Working),
             Tx::Stands => false,
-            Tx::Over => self.decision.is_none() && !self.any(Status::Working) && !self.any(Status::Prepared),
+            Tx::Over => {
+                self.decision.is_none() && !self.ready && !self.any(Status::Working) && !self.any(Status::Prepared)
+            }
         }
     }
 }
@@ -333,6 +358,7 @@ impl<const N: usize> Model for DecisionRecord<N> {
         vec![State {
             tx: Tx::Ahead,
             decision: None,
+            ready: false,
             driver: Driver::Ready,
             recoverers,
             branches: [branch; N],
@@ -369,6 +395,9 @@ impl<const N: usize> Model for DecisionRecord<N> {
                 (s.history.commit || !s.any(Committed)) && (s.history.abort || !s.any(Aborted))
             }),
             Property::always("P30 a prepare that comes late is refused", |_, s: &State<N>| !s.history.late_prepare),
+            Property::always("P32 what all are in favour of is not aborted", |_, s: &State<N>| {
+                !(s.history.ready && s.history.abort)
+            }),
             Property::always("P33 there is one decision", |_, s: &State<N>| !(s.history.commit && s.history.abort)),
             Property::always("P33 nothing is decided that is over", |_, s: &State<N>| {
                 s.tx != Tx::Over || s.decision.is_none()

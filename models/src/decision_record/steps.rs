@@ -25,6 +25,7 @@ impl<const N: usize> DecisionRecord<N> {
                 }
                 actions.push(Action::ChooseAbort);
             }
+            Driver::Readying => actions.push(Action::DriverIsReady),
             Driver::Deciding { .. } => actions.extend([Action::DriverDecides, Action::DriverLosesReply]),
             Driver::Refused { .. } => actions.push(Action::DriverLooks),
             Driver::Telling(decision) => {
@@ -54,6 +55,9 @@ impl<const N: usize> DecisionRecord<N> {
                         actions.push(Action::RecovererCommits(at));
                     }
                 }
+                Recoverer::SawReady => {
+                    actions.extend([Action::RecovererCommits(at), Action::RecovererLosesReply(at)]);
+                }
                 // It does not know who is out, and tells everybody.
                 Recoverer::Telling(_) => {
                     actions.extend((0..N).map(|whom| Action::RecovererTells(at, whom)));
@@ -72,6 +76,7 @@ impl<const N: usize> DecisionRecord<N> {
             (on_the_way.begin, Action::BeginLands),
             (on_the_way.decide_commit, Action::LateDecide(Commit)),
             (on_the_way.decide_abort, Action::LateDecide(Abort)),
+            (on_the_way.ready, Action::LateReady),
             (on_the_way.forget, Action::ForgetLands),
         ];
         actions.extend(sent.into_iter().filter_map(|(sent, action)| sent.then_some(action)));
@@ -124,6 +129,7 @@ impl<const N: usize> DecisionRecord<N> {
             Action::PrepareArrives(at, vote) => self.prepare(state, at, vote),
             Action::HearVote(at, vote) => state.branches[at].heard = Some(vote),
             Action::ChooseCommit if self.has(Flaw::DriverDecidesAlone) => state.driver_tells(Commit),
+            Action::ChooseCommit if self.pre_commits => state.driver = Driver::Readying,
             Action::ChooseCommit => state.driver = Driver::Deciding { wanted: Commit, unsure: false },
             Action::ChooseAbort => state.driver = Driver::Deciding { wanted: Abort, unsure: false },
             Action::NothingToDo | Action::DriverForgets => {
@@ -133,11 +139,16 @@ impl<const N: usize> DecisionRecord<N> {
             Action::DriverDecides | Action::DriverLosesReply | Action::DriverLooks | Action::DriverCrashes => {
                 self.driver_settles(state, action);
             }
+            Action::DriverIsReady => {
+                self.get_ready(state);
+                // If others have decided, the store will say so.
+                state.driver = Driver::Deciding { wanted: Commit, unsure: false };
+            }
+            Action::LateReady => self.get_ready(state),
             Action::LateDecide(decision) | Action::OperatorDecides(decision) => drop(self.decide(state, decision)),
             Action::ForgetLands => {
                 if state.tx == Tx::Stands {
-                    state.tx = Tx::Over;
-                    state.decision = None;
+                    (state.tx, state.decision, state.ready) = (Tx::Over, None, false);
                 }
             }
             Action::CommitArrives(at) => state.commit_arrives(at),
@@ -184,8 +195,10 @@ impl<const N: usize> DecisionRecord<N> {
                 }
             },
             (Action::DriverCrashes, driver) => {
-                if let Driver::Deciding { wanted, .. } = driver {
-                    state.leave_behind(wanted);
+                match driver {
+                    Driver::Readying => state.on_the_way.ready = true,
+                    Driver::Deciding { wanted, .. } => state.leave_behind(wanted),
+                    _ => {}
                 }
                 state.driver = Driver::Gone;
             }
@@ -199,11 +212,12 @@ impl<const N: usize> DecisionRecord<N> {
                 Some(decision) => state.recoverer_tells(decision),
                 None => Recoverer::SawNoDecision,
             },
+            Action::RecovererLooksAgain(_) if state.ready => Recoverer::SawReady,
             Action::RecovererLooksAgain(_) if state.tx == Tx::Stands => Recoverer::SawUndecided,
             Action::RecovererAborts(_) if self.decide(state, Abort) => state.recoverer_tells(Abort),
             Action::RecovererCommits(_) if self.decide(state, Commit) => state.recoverer_tells(Commit),
             Action::RecovererLosesReply(_) => {
-                state.leave_behind(Abort);
+                state.abandons(at);
                 Recoverer::Idle
             }
             Action::RecovererForgets(_) => {
@@ -211,9 +225,7 @@ impl<const N: usize> DecisionRecord<N> {
                 Recoverer::Idle
             }
             Action::RecovererCrashes(_) => {
-                if state.recoverers[at] == Recoverer::SawUndecided {
-                    state.leave_behind(Abort);
-                }
+                state.abandons(at);
                 Recoverer::Dead
             }
             _ => Recoverer::Idle,
@@ -223,7 +235,9 @@ impl<const N: usize> DecisionRecord<N> {
     /// The one step at the store that decides.
     fn decide(&self, state: &mut State<N>, decision: Decision) -> bool {
         let checked = state.tx == Tx::Stands || self.has(Flaw::DecidesUnchecked);
-        if !checked || state.decision.is_some() {
+        // An abort stands back behind what all are in favour of.
+        let ready = state.ready && decision == Abort && !self.has(Flaw::AbortsTheReady);
+        if !checked || ready || state.decision.is_some() {
             return false;
         }
         state.decision = Some(decision);
@@ -232,6 +246,14 @@ impl<const N: usize> DecisionRecord<N> {
             Abort => state.history.abort = true,
         }
         true
+    }
+
+    /// One step at the store, too.
+    fn get_ready(&self, state: &mut State<N>) {
+        let checked = state.tx == Tx::Stands || self.has(Flaw::ReadyUnchecked);
+        if checked && state.decision.is_none() {
+            (state.ready, state.history.ready) = (true, true);
+        }
     }
 
     /// What is prepared at the first look was begun before it. So if it is over at the second, only a prepare that came
@@ -306,6 +328,14 @@ impl<const N: usize> State<N> {
         match decision {
             Commit => self.on_the_way.decide_commit = true,
             Abort => self.on_the_way.decide_abort = true,
+        }
+    }
+
+    fn abandons(&mut self, recoverer: usize) {
+        match self.recoverers[recoverer] {
+            Recoverer::SawUndecided => self.leave_behind(Abort),
+            Recoverer::SawReady => self.leave_behind(Commit),
+            _ => {}
         }
     }
 

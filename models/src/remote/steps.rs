@@ -35,7 +35,7 @@ impl<const N: usize> Remote<N> {
                     actions.push(Action::DriverForgets);
                 }
             }
-            Driver::Gone => {}
+            Driver::Readying | Driver::Gone => {}
         }
         if state.driver != Driver::Gone {
             actions.push(Action::DriverCrashes);
@@ -47,7 +47,7 @@ impl<const N: usize> Remote<N> {
     pub(super) fn of_recoverer(&self, state: &State<N>, actions: &mut Vec<Action>) {
         match state.recoverer {
             Recoverer::Idle if state.tx == Tx::Stands => actions.push(Action::RecovererLooks),
-            Recoverer::Idle | Recoverer::Dead => return,
+            Recoverer::Idle | Recoverer::Dead | Recoverer::SawReady => return,
             Recoverer::SawNoDecision => actions.push(Action::RecovererLooks),
             Recoverer::SawUndecided => actions.push(Action::RecovererAborts),
             Recoverer::Telling(_) => {
@@ -295,7 +295,7 @@ impl<const N: usize> State<N> {
             // What it has heard says whom the decision has to tell.
             Driver::Ready | Driver::Beginning | Driver::Collecting | Driver::Deciding { .. } => (true, false),
             Driver::Telling(_) => (false, true),
-            Driver::Refused { .. } | Driver::Gone => (false, false),
+            Driver::Readying | Driver::Refused { .. } | Driver::Gone => (false, false),
         };
         for branch in &mut self.branches {
             if !collecting {
