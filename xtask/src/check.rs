@@ -1,5 +1,7 @@
 //! `cargo xtask check`: everything that is not a test.
 
+use serde_json::Value;
+
 use crate::run::{self, Outcome, cargo, has, headline, must};
 
 /// What is built for each feature alone, beside all together and none.
@@ -51,21 +53,19 @@ fn msrv() -> Outcome {
         .find_map(|line| line.strip_prefix("rust-version = \"")?.strip_suffix('"'))
         .ok_or("Cargo.toml states no rust-version")?;
     headline(&format!("every dependency builds with Rust {promised}"));
-    let number = |text: &str| -> Vec<u32> { text.split('.').filter_map(|n| n.parse().ok()).collect() };
-    let tree = tree(&["--workspace", "-e", "all", "--features", "full", "--format", "{p} rust={r}"])?;
-    let mut newer: Vec<_> = tree
-        .lines()
-        .filter(|line| line.split("rust=").nth(1).is_some_and(|r| number(first_word(r)) > number(promised)))
-        .map(|line| line.split(" rust=").next().unwrap_or(line).to_owned())
-        .collect();
-    newer.sort();
-    newer.dedup();
+    let output = cargo(&["metadata", "--format-version", "1"]).output().map_err(|e| e.to_string())?;
+    let metadata: Value = serde_json::from_slice(&output.stdout).map_err(|e| format!("cargo metadata: {e}"))?;
+    let packages = metadata["packages"].as_array().ok_or("cargo metadata named no packages")?;
+    let newer = newer_than(packages, promised);
     if newer.is_empty() { Ok(()) } else { Err(format!("these need a newer Rust than {promised}: {newer:?}")) }
 }
 
-/// Without the mark that `cargo tree` puts behind what it has shown before.
-fn first_word(text: &str) -> &str {
-    text.split(' ').next().unwrap_or_default()
+/// The packages that say they need a newer Rust. Those that are only for other platforms count as well.
+fn newer_than(packages: &[Value], promised: &str) -> Vec<String> {
+    let number = |text: &str| -> Vec<u32> { text.split('.').filter_map(|n| n.parse().ok()).collect() };
+    let asks = |package: &Value| package["rust_version"].as_str().is_some_and(|r| number(r) > number(promised));
+    let named = |package: &Value| format!("{} {}", package["name"], package["version"]).replace('"', "");
+    packages.iter().filter(|package| asks(package)).map(named).collect()
 }
 
 /// The rules of deny.toml that matter most, without cargo-deny.
@@ -95,4 +95,22 @@ fn tree(args: &[&str]) -> Outcome<String> {
         return Err(format!("cargo tree failed: {}", String::from_utf8_lossy(&output.stderr)));
     }
     String::from_utf8(output.stdout).map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dependency_that_asks_for_a_newer_rust_is_named() {
+        let packages = serde_json::json!([
+            {"name": "old", "version": "1.0.0", "rust_version": "1.70"},
+            {"name": "same", "version": "1.0.0", "rust_version": "1.88"},
+            {"name": "silent", "version": "1.0.0", "rust_version": null},
+            {"name": "new", "version": "2.1.0", "rust_version": "1.88.1"},
+            {"name": "newer", "version": "3.0.0", "rust_version": "1.100"},
+        ]);
+        let packages = packages.as_array().expect("a list");
+        assert_eq!(newer_than(packages, "1.88"), ["new 2.1.0", "newer 3.0.0"]);
+    }
 }
