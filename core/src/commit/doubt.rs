@@ -121,6 +121,10 @@ impl Transactions {
             Verdict::Made => Ok(decision),
             Verdict::Stands(stands) => Ok(stands),
             Verdict::Gone => Err(over()),
+            Verdict::Ready => {
+                let message = "everybody is in favour: it can only be committed";
+                Err(Error::invalid("resolve", message).key(id).on(log.name()).next("leave it to a recoverer"))
+            }
         }
     }
 

@@ -14,12 +14,12 @@ use tokio::{
 };
 
 use super::{
-    Branch, Decision, Finish, Outcome, Participant, Refusal, TxId,
+    Branch, Decision, Finish, Outcome, Participant, Protocol, Refusal, TxId,
     ballot::Ballot,
     deliver::finish,
     desk::{Desk, LONGEST, LetterBox, backoff},
     log::{Divergence, Log, Open, Verdict, Wish},
-    record::{BranchRecord, Record, Says, VERSION, WorkState},
+    record::{BranchRecord, Record, Says, VERSION},
     steps::{Hook, Step},
 };
 use crate::{
@@ -37,6 +37,7 @@ pub(super) struct Drive {
     pub(super) hook: Hook,
     pub(super) id: TxId,
     pub(super) within: Duration,
+    pub(super) protocol: Protocol,
     pub(super) branches: Vec<BranchRecord>,
     /// The participants of this process among them.
     pub(super) handles: BTreeMap<String, Arc<dyn Participant>>,
@@ -69,17 +70,19 @@ impl Caller {
 /// Where the transaction stands after the decision.
 struct Settled {
     decision: Decision,
-    /// Whose it is.
-    by: By,
+    /// Every remote participant was told in the step of the decision.
+    told: bool,
 }
 
-enum By {
-    /// Ours; this work did not fit into its step.
-    Us(Vec<(String, Bytes)>),
-    /// Made before: by an attempt of ours whose reply was lost, a recoverer, or an operator.
-    Others,
-    /// By others, who have forgotten the transaction already.
-    Gone,
+/// What is to be written about the votes.
+enum Write {
+    Ready,
+    Decision {
+        wanted: Decision,
+        why: String,
+        /// The remote participants that no step has told yet.
+        untold: Vec<(String, Bytes)>,
+    },
 }
 
 impl Drive {
@@ -107,11 +110,12 @@ impl Drive {
             caller.tell(Ok(self.outcome(Decision::Commit, &ballot, Vec::new())));
             return self.forget(&tx, Decision::Commit, &[]).await;
         }
-        let settled = self.settle(&tx, &ballot, caller).await?;
-        let diverged = self.deliver(&tx, &ballot, &settled, letters.as_mut(), caller).await;
-        if matches!(settled.by, By::Gone) {
+        let Some(settled) = self.settle(&tx, &ballot, caller).await? else {
+            // Others have told everybody before they forgot it.
+            caller.tell(self.over(&tx, &ballot).await);
             return Ok(());
-        }
+        };
+        let diverged = self.deliver(&tx, &ballot, &settled, letters.as_mut(), caller).await;
         self.forget(&tx, settled.decision, &diverged).await
     }
 
@@ -122,6 +126,7 @@ impl Drive {
             driver: self.desk.driver.clone(),
             within_ms: u64::try_from(self.within.as_millis()).unwrap_or(u64::MAX),
             since_ms: wall_clock_ms(),
+            phases: if self.protocol == Protocol::ThreePhase { 3 } else { 2 },
             branches: self.branches.iter().map(without_remote_body).collect(),
         };
         let mut work: Vec<_> =
@@ -138,51 +143,81 @@ impl Drive {
             }
             Err(error) => return Err(error),
         };
-        let complete = self.log.tell(&tx, WorkState::Prepare, work).await;
+        let complete = self.log.give_rest(&tx, work).await;
         Ok((tx, complete))
     }
 
-    /// Brings the decision about. Never gives up while it may have been written: somebody may be acting on it.
-    async fn settle(&self, tx: &Open, ballot: &Ballot, caller: &mut Caller) -> Result<Settled> {
+    /// Brings the decision about. Never gives up while it may have been written: somebody may be acting on it. `None` if
+    /// others have finished and forgotten the transaction.
+    async fn settle(&self, tx: &Open, ballot: &Ballot, caller: &mut Caller) -> Result<Option<Settled>> {
         let wanted = ballot.decision();
+        if wanted == Decision::Commit && self.protocol == Protocol::ThreePhase {
+            self.hook.at(self.id, || Step::Ready).await;
+            match self.until_written(tx, caller, &mut Write::Ready).await? {
+                Verdict::Made | Verdict::Ready => self.hook.at(self.id, || Step::Readied).await,
+                Verdict::Stands(decision) => return Ok(Some(self.decided(decision, false).await)),
+                Verdict::Gone => return Ok(None),
+            }
+        }
         self.hook.at(self.id, || Step::Decide(wanted)).await;
-        let why = ballot.why();
-        let wish = Wish { why: &why, ..Wish::default() };
-        let mut untold = ballot.remote_to_tell(self);
+        let mut write = Write::Decision { wanted, why: ballot.why(), untold: ballot.remote_to_tell(self) };
+        let verdict = self.until_written(tx, caller, &mut write).await?;
+        let all_told = matches!(&write, Write::Decision { untold, .. } if untold.is_empty());
+        match verdict {
+            Verdict::Made => Ok(Some(self.decided(wanted, all_told).await)),
+            Verdict::Stands(decision) => Ok(Some(self.decided(decision, false).await)),
+            Verdict::Gone => Ok(None),
+            Verdict::Ready => {
+                let message = "it is marked as ready, although this driver did not find everybody in favour";
+                Err(self.log.error(ErrorKind::Corrupt, "decide", &tx.key, message))
+            }
+        }
+    }
+
+    /// Writes until the outcome is known. The caller is told when that takes too long.
+    async fn until_written(&self, tx: &Open, caller: &mut Caller, write: &mut Write) -> Result<Verdict> {
         let mut pauses = backoff();
-        let mut unsure = false;
         let answer_by = Instant::now() + self.within;
-        let verdict = loop {
-            match self.log.decide(tx, wanted, &wish, &mut untold).await {
-                Ok(verdict) => break verdict,
+        loop {
+            match self.write(tx, write).await {
+                Ok(verdict) => return Ok(verdict),
                 Err(error) if error.kind() == ErrorKind::Corrupt => return Err(error),
                 Err(error) => {
-                    unsure |= error.kind() == ErrorKind::Ambiguous;
-                    tracing::warn!(id = %self.id, decision = %wanted, %error, "not decided yet, trying again");
+                    tracing::warn!(id = %self.id, %error, "not decided yet, trying again");
                     if Instant::now() >= answer_by {
                         caller.tell(Err(self.undecided(error)));
                     }
                 }
             }
             sleep(pauses.next().unwrap_or(LONGEST)).await;
-        };
-        let settled = match verdict {
-            Verdict::Made => Settled { decision: wanted, by: By::Us(untold) },
-            Verdict::Stands(decision) => Settled { decision, by: By::Others },
-            // Ours may have been written, carried out by a recoverer, and forgotten.
-            Verdict::Gone if unsure && wanted == Decision::Commit => {
-                let message = "the reply was lost, and others have finished and forgotten it meanwhile";
-                return Err(self.log.error(ErrorKind::Ambiguous, "decide", &tx.key, message));
+        }
+    }
+
+    async fn write(&self, tx: &Open, write: &mut Write) -> Result<Verdict> {
+        match write {
+            Write::Ready => self.log.make_ready(tx).await,
+            Write::Decision { wanted, why, untold } => {
+                let wish = Wish { why, ..Wish::default() };
+                self.log.decide(tx, *wanted, &wish, untold).await
             }
-            // Recoverers abort what nobody has decided; only by hand can it have been committed.
-            Verdict::Gone => {
-                let by_hand = self.log.by_hand(self.id).await?;
-                Settled { decision: by_hand.unwrap_or(Decision::Abort), by: By::Gone }
-            }
-        };
-        metrics::counter!("quorate_transactions_total", "outcome" => settled.decision.to_string()).increment(1);
-        self.hook.at(self.id, || Step::Decided(settled.decision)).await;
-        Ok(settled)
+        }
+    }
+
+    async fn decided(&self, decision: Decision, told: bool) -> Settled {
+        metrics::counter!("quorate_transactions_total", "outcome" => decision.to_string()).increment(1);
+        self.hook.at(self.id, || Step::Decided(decision)).await;
+        Settled { decision, told }
+    }
+
+    /// What the caller can be told of a transaction that others have finished and forgotten. A recoverer would have aborted
+    /// it, but an operator can have committed it, and so can an attempt of ours whose reply was lost.
+    async fn over(&self, tx: &Open, ballot: &Ballot) -> Result<Outcome> {
+        if let Some(decision) = self.log.by_hand(self.id).await? {
+            return Ok(self.outcome(decision, ballot, Vec::new()));
+        }
+        let message = "others took this process for dead, and have finished and forgotten the transaction";
+        let error = self.log.error(ErrorKind::Ambiguous, "decide", &tx.key, message);
+        Err(error.next("it is over on every participant: read there which way it went"))
     }
 
     fn undecided(&self, error: Error) -> Error {
@@ -252,19 +287,15 @@ impl Drive {
         letters: Option<&mut LetterBox>,
     ) {
         let mut pauses = backoff();
-        loop {
-            let told = match &settled.by {
-                By::Us(untold) => self.log.tell(tx, settled.decision.into(), untold.clone()).await,
-                By::Others => self.log.tell_waiting(tx, settled.decision, None).await.map(drop),
-                By::Gone => Ok(()),
-            };
-            match told {
-                Ok(()) => break,
-                // Others have finished it, and told everybody before.
-                Err(error) if error.kind() == ErrorKind::SessionLost => break,
-                Err(error) => tracing::debug!(id = %self.id, %error, "not told yet"),
+        let mut told = settled.told;
+        while !told {
+            match self.log.tell_waiting(tx, settled.decision, None).await {
+                Ok(_) => told = true,
+                Err(error) => {
+                    tracing::debug!(id = %self.id, %error, "not told yet");
+                    sleep(pauses.next().unwrap_or(LONGEST)).await;
+                }
             }
-            sleep(pauses.next().unwrap_or(LONGEST)).await;
         }
         // An abort needs no confirmation: whoever asks about an unknown transaction is told the same.
         let (Some(letters), Decision::Commit) = (letters, settled.decision) else { return };

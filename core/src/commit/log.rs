@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use super::{
     Decision, TxId,
-    record::{DecisionRecord, Parked, Record, VERSION, Work, WorkState, decode, encode},
+    record::{DecisionRecord, Parked, ReadyRecord, Record, VERSION, Work, WorkState, decode, encode},
 };
 use crate::{
     backend::{Backend, Check, Entry, Revision, Txn, Write},
@@ -25,6 +25,7 @@ pub(super) struct Log {
     pub(super) group: Arc<str>,
     pub(super) txs: Dir,
     pub(super) decisions: Dir,
+    pub(super) ready: Dir,
     pub(super) drivers: Dir,
     pub(super) parked: Dir,
 }
@@ -67,6 +68,8 @@ pub(super) enum Verdict {
     Made,
     /// This decision was there already: an earlier attempt's, or somebody else's.
     Stands(Decision),
+    /// Everybody was found in favour: it can only be committed.
+    Ready,
     /// The transaction was decided, finished and forgotten by others.
     Gone,
 }
@@ -86,6 +89,7 @@ impl Log {
             group: group.into(),
             txs: dir("tx")?,
             decisions: dir("txdecision")?,
+            ready: dir("txready")?,
             drivers: dir("txdriver")?,
             parked: dir("txparked")?,
             backend,
@@ -102,6 +106,10 @@ impl Log {
 
     pub(super) fn decision_key(&self, id: TxId) -> Key {
         Key::new(&self.decisions, &id.to_string()).expect("32 digits are a name")
+    }
+
+    fn ready_key(&self, id: TxId) -> Key {
+        Key::new(&self.ready, &id.to_string()).expect("32 digits are a name")
     }
 
     pub(super) fn work_dir(&self, participant: &str) -> Result<Dir> {
@@ -160,17 +168,47 @@ impl Log {
         Ok(())
     }
 
-    /// Puts the rest of the work, in as many steps as it takes, while the transaction is not forgotten.
-    pub(super) async fn tell(&self, tx: &Open, state: WorkState, mut work: Vec<(String, Bytes)>) -> Result<()> {
+    /// Gives out the work that did not fit into begin, in as many steps as it takes, while nothing is decided: work that
+    /// came after the decision would stay for ever.
+    pub(super) async fn give_rest(&self, tx: &Open, mut work: Vec<(String, Bytes)>) -> Result<()> {
         while !work.is_empty() {
-            let mut room = Room::new(self, 1, 0);
+            let mut room = Room::new(self, 2, 0);
             let mut writes = Vec::new();
-            self.fill(&mut room, &mut writes, tx.id, &tx.record.driver, state, &mut work)?;
-            if !self.backend.commit(&Txn { checks: vec![tx.stands()], writes }).await?.applied {
-                return Err(self.error(ErrorKind::SessionLost, "tell", &tx.key, "others have finished it"));
+            self.fill(&mut room, &mut writes, tx.id, &tx.record.driver, WorkState::Prepare, &mut work)?;
+            let checks = vec![tx.stands(), Check::Absent(self.decision_key(tx.id))];
+            if !self.backend.commit(&Txn { checks, writes }).await?.applied {
+                return Err(self.error(ErrorKind::SessionLost, "begin", &tx.key, "others have decided it"));
             }
         }
         Ok(())
+    }
+
+    /// Notes that everybody is in favour; from then on it can only be committed, by whoever is left. May be repeated.
+    pub(super) async fn make_ready(&self, tx: &Open) -> Result<Verdict> {
+        let key = self.ready_key(tx.id);
+        let checks = vec![tx.stands(), Check::Absent(self.decision_key(tx.id)), Check::Absent(key.clone())];
+        let writes = vec![put(key, encode(&ReadyRecord { v: VERSION }))];
+        if self.backend.commit(&Txn { checks, writes }).await?.applied {
+            return Ok(Verdict::Made);
+        }
+        self.judged(tx).await
+    }
+
+    /// Why a step that needs an undecided transaction was refused.
+    async fn judged(&self, tx: &Open) -> Result<Verdict> {
+        match self.standing(tx.id).await? {
+            Standing::Decided(decision) => Ok(Verdict::Stands(decision)),
+            Standing::Unknown => Ok(Verdict::Gone),
+            Standing::Undecided if self.is_ready(tx).await? => Ok(Verdict::Ready),
+            Standing::Undecided => {
+                Err(self.error(ErrorKind::SessionLost, "decide", &tx.key, "somebody else has taken it over"))
+            }
+        }
+    }
+
+    /// Whether everybody was found in favour.
+    pub(super) async fn is_ready(&self, tx: &Open) -> Result<bool> {
+        Ok(tx.record.phases == 3 && self.entry(&self.ready_key(tx.id)).await?.is_some())
     }
 
     /// Tries to make the decision, and tells as much of `work` as fits in the same step; the rest stays in `work`.
@@ -187,6 +225,10 @@ impl Log {
         let key = self.decision_key(tx.id);
         let record = DecisionRecord { v: VERSION, decision, why: wish.why.to_owned() };
         let mut checks = vec![tx.stands(), Check::Absent(key.clone())];
+        // What all are in favour of is not aborted any more, whoever wants to.
+        if tx.record.phases == 3 && decision == Decision::Abort {
+            checks.push(Check::Absent(self.ready_key(tx.id)));
+        }
         checks.extend(wish.fence.clone());
         let value = encode(&record);
         let mut room = Room::new(self, checks.len() + usize::from(wish.also.is_some()), value.len());
@@ -199,13 +241,7 @@ impl Log {
             *work = rest;
             return Ok(Verdict::Made);
         }
-        match self.standing(tx.id).await? {
-            Standing::Decided(decision) => Ok(Verdict::Stands(decision)),
-            Standing::Unknown => Ok(Verdict::Gone),
-            Standing::Undecided => {
-                Err(self.error(ErrorKind::SessionLost, "decide", &tx.key, "somebody else has taken it over"))
-            }
-        }
+        self.judged(tx).await
     }
 
     /// Tells the decision to those whose work record still waits for one. A record that is gone was confirmed: it must not
@@ -251,13 +287,16 @@ impl Log {
             writes.push(put(self.parked_key(tx.id, participant)?, encode(&record)));
         }
         let checks: Vec<_> = [tx.stands()].into_iter().chain(fence).collect();
-        let room = self.backend.profile().max_txn.saturating_sub(checks.len() + 2).max(1);
+        let room = self.backend.profile().max_txn.saturating_sub(checks.len() + 3).max(1);
         // What is taken away first may be taken away again: the record goes last.
         while writes.len() > room {
             let writes = writes.drain(..room).collect();
             if !self.backend.commit(&Txn { checks: checks.clone(), writes }).await?.applied {
                 return Ok(());
             }
+        }
+        if tx.record.phases == 3 {
+            writes.push(Write::Delete(self.ready_key(tx.id)));
         }
         writes.push(Write::Delete(self.decision_key(tx.id)));
         writes.push(Write::Delete(tx.key.clone()));

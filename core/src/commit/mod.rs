@@ -54,6 +54,7 @@
 //! |---|---|
 //! | `tx/<group>/<id>` | `{"v":1,"driver":…,"within_ms":…,"since_ms":…,"branches":[{"name":…,"body":…,"remote":…}]}` |
 //! | `txdecision/<group>/<id>` | `{"v":1,"decision":"commit" or "abort","why":…}` |
+//! | `txready/<group>/<id>` | `{"v":1}`: all are in favour; only with [three phases](Protocol::ThreePhase) |
 //! | `txdriver/<group>/<driver>` | stands while the driver lives |
 //! | `txwork/<group>/<participant>/<id>` | for a remote participant: `{"v":1,"driver":…,"state":"prepare", "commit" or "abort","body":…}`; it deletes the key to confirm |
 //! | `txvote/<group>/<driver>/<id>/<participant>` | its answers: `{"v":1,"says":"yes", "no", "read_only", "failed" or "done","why":…}` |
@@ -84,4 +85,4 @@ pub use record::Decision;
 pub use recover::{RecoverOptions, Recoverer};
 pub use serve::Serving;
 pub use steps::Step;
-pub use transaction::{Outcome, Refusal, Transaction, Transactions, TransactionsOptions, TxStatus};
+pub use transaction::{Outcome, Protocol, Refusal, Transaction, Transactions, TransactionsOptions, TxStatus};

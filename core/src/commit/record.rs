@@ -45,6 +45,9 @@ pub(super) struct Record {
     pub(super) within_ms: u64,
     /// The wall clock of who began it, for people only.
     pub(super) since_ms: u64,
+    /// Two or three.
+    #[serde(default = "two", skip_serializing_if = "is_two")]
+    pub(super) phases: u8,
     pub(super) branches: Vec<BranchRecord>,
 }
 
@@ -63,6 +66,21 @@ pub(super) struct BranchRecord {
     pub(super) remote: bool,
     #[serde(default, with = "base64_bytes", skip_serializing_if = "Bytes::is_empty")]
     pub(super) body: Bytes,
+}
+
+fn two() -> u8 {
+    2
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+fn is_two(phases: &u8) -> bool {
+    *phases == 2
+}
+
+/// Everybody is in favour: `txready/<group>/<id>`, only with three phases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct ReadyRecord {
+    pub(super) v: u32,
 }
 
 /// The decision: `txdecision/<group>/<id>`. Created once, or never.

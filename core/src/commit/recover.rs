@@ -20,7 +20,7 @@ use super::{
     steps::Step,
 };
 use crate::{
-    backend::Entry,
+    backend::{Check, Entry},
     error::{ErrorKind, Result},
     key::{Dir, KeyRange},
     lock::{Lock, LockGuard},
@@ -79,7 +79,7 @@ impl Default for RecoverOptions {
 /// # What is promised
 /// - It takes a transaction over when its driver's session has ended, or when it has stood in the log for much longer than
 ///   its limit; one recoverer at a time, under a lock whose fence is part of every write.
-/// - What is not decided is aborted. What is decided is carried out, with growing pauses, for ever. It is forgotten only
+/// - What is not decided is aborted, or, with three phases, committed if all were found in favour. What is decided is carried out, with growing pauses, for ever. It is forgotten only
 ///   when everyone who has to has confirmed.
 /// - Branches of participants that only other processes have enlisted are left to recoverers there.
 /// - What stands prepared in an enlisted participant although its transaction is over came late, and is aborted. The body
@@ -308,20 +308,10 @@ async fn carry_out(all: &Transactions, guard: &LockGuard, tx: &Open, forget: boo
     let decision = match log.standing(tx.id).await? {
         Standing::Decided(decision) => decision,
         Standing::Unknown => return Ok(Ended::Forgotten),
-        Standing::Undecided => {
-            hook.at(tx.id, || Step::Decide(Decision::Abort)).await;
-            let why = "given up by a recoverer: its driver is gone, or it is overdue";
-            let wish = Wish { why, fence: fence(), also: None };
-            match log.decide(tx, Decision::Abort, &wish, &mut Vec::new()).await? {
-                Verdict::Made => {
-                    tracing::info!(id = %tx.id, "an undecided transaction is aborted");
-                    hook.at(tx.id, || Step::Decided(Decision::Abort)).await;
-                    Decision::Abort
-                }
-                Verdict::Stands(decision) => decision,
-                Verdict::Gone => return Ok(Ended::Forgotten),
-            }
-        }
+        Standing::Undecided => match decide(all, tx, &fence).await? {
+            Some(decision) => decision,
+            None => return Ok(Ended::Forgotten),
+        },
     };
     let waiting = log.tell_waiting(tx, decision, fence()).await?;
     let (mut open, diverged) = tell(all, tx, decision).await;
@@ -340,6 +330,28 @@ async fn carry_out(all: &Transactions, guard: &LockGuard, tx: &Open, forget: boo
     log.forget(tx, decision, &diverged, fence()).await?;
     hook.at(tx.id, || Step::Forgotten).await;
     Ok(Ended::Forgotten)
+}
+
+/// Decides what nobody has decided: commits what was found ready, and aborts the rest. `None` if it is over.
+async fn decide(all: &Transactions, tx: &Open, fence: &impl Fn() -> Option<Check>) -> Result<Option<Decision>> {
+    let (log, hook) = (all.log(), &all.inner.options.hook);
+    let mut wanted = if log.is_ready(tx).await? { Decision::Commit } else { Decision::Abort };
+    loop {
+        hook.at(tx.id, || Step::Decide(wanted)).await;
+        let why = "given up by its driver: that is gone, or overdue";
+        let wish = Wish { why, fence: fence(), also: None };
+        match log.decide(tx, wanted, &wish, &mut Vec::new()).await? {
+            Verdict::Made => {
+                tracing::info!(id = %tx.id, decision = %wanted, "an undecided transaction is decided");
+                hook.at(tx.id, || Step::Decided(wanted)).await;
+                return Ok(Some(wanted));
+            }
+            Verdict::Stands(decision) => return Ok(Some(decision)),
+            // Its driver lives after all, and has found everybody in favour meanwhile.
+            Verdict::Ready => wanted = Decision::Commit,
+            Verdict::Gone => return Ok(None),
+        }
+    }
 }
 
 /// Tells all branches that this process can reach; returns those that it cannot, and the heuristic outcomes.

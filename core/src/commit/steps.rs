@@ -21,6 +21,10 @@ pub enum Step {
     Prepare(String),
     /// It has answered, or its answer was given up.
     Voted(String),
+    /// With three phases: all are in favour, and that is not written.
+    Ready,
+    /// With three phases: that all are in favour stands in the log.
+    Readied,
     /// All votes are in; the decision is not written.
     Decide(Decision),
     /// The decision stands in the log; nobody has been told.
@@ -44,6 +48,8 @@ impl fmt::Display for Step {
             Self::Begun => f.write_str("begun"),
             Self::Prepare(participant) => write!(f, "prepare {participant}"),
             Self::Voted(participant) => write!(f, "voted {participant}"),
+            Self::Ready => f.write_str("ready"),
+            Self::Readied => f.write_str("readied"),
             Self::Decide(decision) => write!(f, "decide {decision}"),
             Self::Decided(decision) => write!(f, "decided {decision}"),
             Self::Deliver(participant) => write!(f, "deliver {participant}"),

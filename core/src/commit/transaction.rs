@@ -86,6 +86,25 @@ pub enum TxStatus {
     Unknown,
 }
 
+/// How many phases a transaction has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum Protocol {
+    /// Votes, then the decision. If the driver dies in between, the transaction is aborted.
+    #[default]
+    TwoPhase,
+    /// Votes, then a record that all are in favour, then the decision: one round trip more. If the driver dies after that
+    /// record, whoever recovers commits.
+    ///
+    /// # Limits
+    /// Classic three-phase commit lets participants that hear nothing decide by their timeouts, and so needs no store to
+    /// finish. It splits transactions when the network is partitioned, and also when the driver dies between two of its
+    /// pre-commits (`models/` finds both): quorate never does that. Here every decision is the record in the store, in
+    /// either protocol; a participant that cannot reach the store, itself or through whoever serves it, waits. What is
+    /// gained is the time between the last vote and the decision, which is one write.
+    ThreePhase,
+}
+
 /// A participant that did not vote for a transaction.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -170,7 +189,8 @@ impl Transactions {
     /// Begins to put a transaction together. Nothing is sent before [`Transaction::commit`].
     pub fn begin(&self) -> Transaction {
         let within = self.inner.options.within;
-        Transaction { all: self.clone(), id: TxId::random(), within, branches: Vec::new(), unknown: None }
+        let (id, protocol) = (TxId::random(), Protocol::default());
+        Transaction { all: self.clone(), id, within, protocol, branches: Vec::new(), unknown: None }
     }
 
     /// How a transaction stands.
@@ -230,6 +250,7 @@ pub struct Transaction {
     all: Transactions,
     id: TxId,
     within: Duration,
+    protocol: Protocol,
     branches: Vec<BranchRecord>,
     /// The first branch whose participant is not known here; told by `commit`.
     unknown: Option<String>,
@@ -270,6 +291,12 @@ impl Transaction {
         self
     }
 
+    /// Sets the protocol.
+    pub fn protocol(mut self, protocol: Protocol) -> Self {
+        self.protocol = protocol;
+        self
+    }
+
     /// Carries the transaction out: asks everybody, decides, and tells everybody.
     ///
     /// An abort is an outcome, not an error. It returns when everyone who has to has confirmed, or, after the decision
@@ -278,13 +305,14 @@ impl Transaction {
     /// # Errors
     /// `InvalidInput` if there is no participant, one comes twice or is not enlisted, or a body is too large;
     /// `Unavailable` if it could not be begun: nobody was asked to prepare. `Ambiguous` if the decision was not confirmed
-    /// in time: it is tried further, and [`Transactions::status`] tells. `Corrupt` if somebody else wrote to its records.
+    /// in time: it is tried further, and [`Transactions::status`] tells; or if others took this process for dead and have
+    /// finished and forgotten the transaction. `Corrupt` if somebody else wrote to its records.
     ///
     /// # Cancel safety
     /// Dropped before the decision, the transaction is aborted in the background; dropped later, it goes on there.
     pub async fn commit(self) -> Result<Outcome> {
         self.check()?;
-        let Self { all, id, within, branches, .. } = self;
+        let Self { all, id, within, protocol, branches, .. } = self;
         let desk = all.desk();
         let ready = timeout(within, desk.ready()).await;
         ready.unwrap_or_else(|_| {
@@ -294,7 +322,7 @@ impl Transaction {
         let local = branches.iter().filter(|b| !b.remote);
         let handles = local.filter_map(|b| Some((b.name.clone(), all.enlisted(&b.name)?))).collect();
         let (log, hook) = (all.log().clone(), all.inner.options.hook.clone());
-        let drive = Drive { log, desk, hook, id, within, branches, handles };
+        let drive = Drive { log, desk, hook, id, within, protocol, branches, handles };
         let (sender, outcome) = oneshot::channel();
         tokio::spawn(drive.run(Caller::new(sender)));
         outcome.await.unwrap_or_else(|_| {

@@ -9,7 +9,9 @@ use std::{
 use async_trait::async_trait;
 use quorate_core::{
     Dir, ErrorKind, Key, KeyRange, Result,
-    commit::{Branch, Decision, DoubtState, Finish, Participant, Step, TransactionsOptions, TxId, TxStatus, Vote},
+    commit::{
+        Branch, Decision, DoubtState, Finish, Participant, Protocol, Step, TransactionsOptions, TxId, TxStatus, Vote,
+    },
     layer::{Stack, Verb},
 };
 use tokio::time::{Instant, sleep};
@@ -32,6 +34,7 @@ cases!("commit":
     who_only_looked_is_told_no_outcome,
     a_commit_is_told_until_it_is_confirmed,
     phases_cost_one_round_trip_each_whatever_the_number_of_participants,
+    three_phases_cost_one_round_trip_more_and_what_is_ready_is_not_aborted,
     a_dropped_commit_ends_on_one_side,
     bad_transactions_are_refused_before_anything_is_sent,
     records_of_others_are_listed_and_left_alone,
@@ -207,6 +210,48 @@ async fn phases_cost_one_round_trip_each_whatever_the_number_of_participants(cli
         eventually("begin, decide, forget", async || counted.calls(Verb::Commit) == 3).await;
         assert_eq!(counted.work(), HashMap::from([(Verb::Commit, 3)]), "{count} participants");
     }
+}
+
+async fn three_phases_cost_one_round_trip_more_and_what_is_ready_is_not_aborted(clients: Arc<dyn Clients>) {
+    let counted = Counted::default();
+    let backend = Stack::new(client(&clients).await).with(counted.clone()).standard(Duration::from_secs(10)).build();
+    let coord = coord_over(backend, Duration::from_secs(30));
+    let gate = Arc::new(tokio::sync::Semaphore::new(1));
+    let waits = gate.clone();
+    let options = quick().on_step(move |_, step| {
+        let gate = waits.clone();
+        Box::pin(async move {
+            if matches!(step, Step::Decide(_)) {
+                gate.acquire().await.expect("open").forget();
+            }
+        })
+    });
+    let all = coord.transactions_with("three", options).expect("a good name");
+    let books = [Book::new(), Book::new(), Book::refusing("never")];
+    with_books(&all, &books);
+    let begin = || all.begin().branch("a", "").branch("b", "").protocol(Protocol::ThreePhase);
+    assert!(begin().commit().await.expect("an outcome").is_committed());
+    until_clean(&coord, "three", &[]).await;
+
+    counted.reset();
+    gate.add_permits(1);
+    assert!(begin().commit().await.expect("an outcome").is_committed());
+    eventually("begin, ready, decide, forget", async || counted.calls(Verb::Commit) == 4).await;
+    assert_eq!(counted.work(), HashMap::from([(Verb::Commit, 4)]));
+    gate.add_permits(1);
+    assert!(!begin().branch("c", "").commit().await.expect("an outcome").is_committed());
+    until_clean(&coord, "three", &[]).await;
+
+    let tx = begin();
+    let id = tx.id();
+    let mut driver = crate::support::spawn(tx.commit());
+    let ready = key("txready", "three", &id.to_string());
+    eventually("ready", async || crate::support::get(coord.backend(), &ready).await.is_some()).await;
+    refused(all.resolve(id, Decision::Abort).await, ErrorKind::InvalidInput, "to abort what all are in favour of");
+    gate.add_permits(1);
+    assert!(driver.soon("the driver").await.expect("an outcome").is_committed());
+    assert_one_side(&books, "three");
+    until_clean(&coord, "three", &[]).await;
 }
 
 async fn a_dropped_commit_ends_on_one_side(clients: Arc<dyn Clients>) {

@@ -14,7 +14,7 @@ use std::{
 use futures_util::future::BoxFuture;
 use quorate_core::{
     Backend, Coordinator, ErrorKind, Fencing,
-    commit::{Decision, RecoverOptions, Recoverer, Step, Transactions, TransactionsOptions, TxId},
+    commit::{Decision, Protocol, RecoverOptions, Recoverer, Step, Transactions, TransactionsOptions, TxId},
     layer::{Chaos, Stack},
 };
 use tokio::{sync::Notify, task::JoinSet, time::sleep};
@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     Clients,
-    support::{cases, client, eventually, spawn},
+    support::{cases, client, eventually, refused, spawn},
 };
 
 cases!("commit_crash":
@@ -83,7 +83,7 @@ impl Mortal {
 }
 
 /// Every step of a transaction with these votes, in an order in which they may come.
-fn steps(votes: &[bool]) -> Vec<Step> {
+fn steps(votes: &[bool], protocol: Protocol) -> Vec<Step> {
     let decision = if votes.iter().all(|yes| *yes) { Decision::Commit } else { Decision::Abort };
     let named = |step: fn(String) -> Step| NAMES.map(|name| step(name.to_owned()));
     // Whoever voted no is told nothing.
@@ -94,6 +94,10 @@ fn steps(votes: &[bool]) -> Vec<Step> {
         vec![Step::Begin, Step::Begun],
         named(Step::Prepare).into(),
         named(Step::Voted).into(),
+        match (protocol, decision) {
+            (Protocol::ThreePhase, Decision::Commit) => vec![Step::Ready, Step::Readied],
+            _ => Vec::new(),
+        },
         vec![Step::Decide(decision), Step::Decided(decision)],
         told(Step::Deliver),
         told(Step::Acknowledged),
@@ -109,16 +113,22 @@ async fn whatever_step_the_driver_dies_at_all_end_on_one_side(clients: Arc<dyn C
     let mut running = JoinSet::new();
     let mut scenarios = 0;
     let in_process = drivers.profile().fencing == Fencing::Process;
-    for pattern in 0..8_u32 {
-        if !in_process && !matches!(pattern, 0b111 | 0b101) {
+    let two = (0..8_u32).map(|pattern| (pattern, Protocol::TwoPhase));
+    let three = [0b111, 0b101].map(|pattern| (pattern, Protocol::ThreePhase));
+    for (pattern, protocol) in two.chain(three) {
+        let matters = match protocol {
+            Protocol::ThreePhase => pattern == 0b111,
+            _ => matches!(pattern, 0b111 | 0b101),
+        };
+        if !in_process && !matters {
             continue;
         }
         let votes: Vec<bool> = (0..3).map(|bit| pattern >> bit & 1 == 1).collect();
-        for step in steps(&votes) {
+        for step in steps(&votes, protocol) {
             let (drivers, recoverers, ttl) = (drivers.clone(), recoverers.clone(), clients.ttl());
             let votes = votes.clone();
             let number = scenarios;
-            running.spawn(async move { one_death(number, drivers, recoverers, ttl, &votes, step).await });
+            running.spawn(async move { one_death(number, drivers, recoverers, ttl, &votes, (protocol, step)).await });
             scenarios += 1;
             // Servers count connections, and each recoverer needs one for its watch.
             if running.len() >= 16 {
@@ -129,8 +139,8 @@ async fn whatever_step_the_driver_dies_at_all_end_on_one_side(clients: Arc<dyn C
     while let Some(ended) = running.join_next().await {
         ended.expect("its promises are kept");
     }
-    let (patterns, yes) = if in_process { (8, 12) } else { (2, 5) };
-    assert_eq!(scenarios, patterns * 12 + 2 * yes, "12 steps each, and two for every yes");
+    let (patterns, yes, ready) = if in_process { (10, 17, 2) } else { (3, 8, 2) };
+    assert_eq!(scenarios, patterns * 12 + 2 * yes + ready, "12 steps each, and two for every yes");
 }
 
 async fn one_death(
@@ -139,14 +149,14 @@ async fn one_death(
     recoverers: Arc<dyn Backend>,
     ttl: Duration,
     votes: &[bool],
-    step: Step,
+    (protocol, step): (Protocol, Step),
 ) {
-    let what = format!("votes {votes:?}, death at {step}");
+    let what = format!("{protocol:?}, votes {votes:?}, death at {step}");
     let group = format!("death-{number}");
     let books: Vec<_> = votes.iter().map(|yes| Book::voting(*yes)).collect();
     let mortal = Mortal::new(drivers, ttl, &group, step.clone());
     with_books(&mortal.all, &books);
-    let tx = mortal.all.begin().branch("a", "1").branch("b", "2").branch("c", "3");
+    let tx = mortal.all.begin().branch("a", "1").branch("b", "2").branch("c", "3").protocol(protocol);
     let id = tx.id();
     let driver = spawn(tx.commit());
     crate::support::within(Duration::from_secs(20), &what, mortal.dies()).await;
@@ -163,7 +173,12 @@ async fn one_death(
     })
     .await;
     assert_one_side(&books, &what);
-    let decided = !matches!(step, Step::Begin | Step::Begun | Step::Prepare(_) | Step::Voted(_) | Step::Decide(_));
+    let decided = match step {
+        Step::Begin | Step::Begun | Step::Prepare(_) | Step::Voted(_) | Step::Ready => false,
+        // With three phases, what all are in favour of is committed by whoever is left.
+        Step::Decide(_) => protocol == Protocol::ThreePhase,
+        _ => true,
+    };
     let committed = decided && votes.iter().all(|yes| *yes);
     for (book, yes) in books.iter().zip(votes) {
         match (committed, book.state(id)) {
@@ -220,8 +235,8 @@ async fn a_driver_that_slept_through_its_recovery_follows_it(clients: Arc<dyn Cl
     until_clean(&other, "sleeper", &[]).await;
     assert!(books.iter().all(|book| book.state(id) == Some(State::Aborted)));
     go.notify_one();
-    let outcome = driver.soon("the driver").await.expect("an outcome");
-    assert_eq!(outcome.decision, Decision::Abort, "its late decision is refused");
+    // Its late decision is refused; and as all is forgotten, it does not guess which way it went.
+    refused(driver.soon("the driver").await, ErrorKind::Ambiguous, "a transaction that others have finished");
     assert_one_side(&books, "sleeper");
     until_clean(&other, "sleeper", &[]).await;
 }
@@ -268,8 +283,7 @@ async fn a_prepare_that_comes_after_the_recovery_leaves_nothing(clients: Arc<dyn
     until_clean(&other, "late", &[]).await;
     assert_eq!(books[1].asked(id), 0, "it was not asked yet");
     go.notify_one();
-    let outcome = driver.soon("the driver").await.expect("an outcome");
-    assert_eq!(outcome.decision, Decision::Abort);
+    refused(driver.soon("the driver").await, ErrorKind::Ambiguous, "a transaction that others have finished");
     assert_eq!(books[1].asked(id), 1, "and was asked late");
     eventually("nothing in doubt", async || !in_doubt(&books)).await;
     assert_one_side(&books, "late");

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use proptest::{collection::vec, option, prelude::*, test_runner::Config};
 use quorate_core::{
     Coordinator, Error, ErrorKind, KeyRange, Result, SessionOptions,
-    commit::{Branch, Finish, KeyWork, Participant, RecoverOptions, TransactionsOptions, TxId, Vote},
+    commit::{Branch, Finish, KeyWork, Participant, Protocol, RecoverOptions, TransactionsOptions, TxId, Vote},
     key::Dir,
 };
 use quorate_memory::Memory;
@@ -150,7 +150,7 @@ impl World {
     }
 
     /// One transaction whose driver dies when it has passed so many steps, and a recoverer that finishes it.
-    async fn one(&self, dies_after: Option<usize>) {
+    async fn one(&self, protocol: Protocol, dies_after: Option<usize>) {
         let options = TransactionsOptions::default().within(Duration::from_secs(2));
         let driver = self.coord(Duration::from_secs(3));
         let (steps, dead) = (AtomicUsize::new(0), Arc::new(AtomicBool::new(false)));
@@ -169,7 +169,7 @@ impl World {
         self.enlist(&all);
         let keys = all.enlist_keys("keys", &driver).expect("enlisted");
         let tx = all.begin().branch("a", "").branch("b", "").branch("c", "");
-        let tx = tx.branch("keys", KeyWork::new().put("x", "1").put("y", "1"));
+        let tx = tx.branch("keys", KeyWork::new().put("x", "1").put("y", "1")).protocol(protocol);
         let id = tx.id();
         let outcome = tokio::time::timeout(Duration::from_secs(20), tx.commit()).await;
         if dead.load(Ordering::Acquire) {
@@ -222,8 +222,10 @@ proptest! {
         script in deliveries(),
         votes in vec(prop::bool::weighted(0.9), 3),
         dies_after in option::weighted(0.5, 0..24_usize),
+        three in any::<bool>(),
     ) {
+        let protocol = if three { Protocol::ThreePhase } else { Protocol::TwoPhase };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
-        runtime.expect("a runtime starts").block_on(World::new(&votes, script).one(dies_after));
+        runtime.expect("a runtime starts").block_on(World::new(&votes, script).one(protocol, dies_after));
     }
 }

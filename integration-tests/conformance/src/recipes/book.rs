@@ -180,7 +180,7 @@ pub(super) fn ended(book: &Book, decision: Decision) -> usize {
 
 /// What stands in the log of a group, remote participants of these names included; the keys of drivers apart.
 pub(super) async fn residue(backend: &Arc<dyn Backend>, group: &str, remote: &[&str]) -> Vec<String> {
-    let mut dirs = vec![vec!["tx", group], vec!["txdecision", group], vec!["txparked", group]];
+    let mut dirs = vec![vec!["tx", group], vec!["txdecision", group], vec!["txready", group], vec!["txparked", group]];
     dirs.extend(remote.iter().map(|name| vec!["txwork", group, name]));
     let mut found = Vec::new();
     for dir in dirs {
