@@ -57,7 +57,7 @@ fn a_driver_looks_for_a_decision_by_hand_before_it_takes_the_end_for_an_abort() 
 
 #[test]
 fn every_property_holds_with_three_phases() {
-    for (recoverers, operator, states) in [(1, false, 103_228), (2, false, 414_229), (1, true, 238_734)] {
+    for (recoverers, operator, states) in [(1, false, 126_370), (2, false, 505_809), (1, true, 292_544)] {
         let model = DecisionRecord::<3> { recoverers, operator, pre_commits: true, flaw: None };
         let checker = model.checker().spawn_bfs().join();
         println!("three phases, {recoverers} recoverers, operator {operator}: {} states", checker.unique_state_count());

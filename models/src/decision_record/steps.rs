@@ -25,7 +25,7 @@ impl<const N: usize> DecisionRecord<N> {
                 }
                 actions.push(Action::ChooseAbort);
             }
-            Driver::Readying => actions.push(Action::DriverIsReady),
+            Driver::Readying => actions.extend([Action::DriverIsReady, Action::DriverLosesReply]),
             Driver::Deciding { .. } => actions.extend([Action::DriverDecides, Action::DriverLosesReply]),
             Driver::Refused { .. } => actions.push(Action::DriverLooks),
             Driver::Telling(decision) => {
@@ -189,6 +189,7 @@ impl<const N: usize> DecisionRecord<N> {
                     state.driver = Driver::Refused { wanted, unsure };
                 }
             }
+            (Action::DriverLosesReply, Driver::Readying) => state.on_the_way.ready = true,
             (Action::DriverLosesReply, Driver::Deciding { wanted, .. }) => {
                 state.leave_behind(wanted);
                 state.driver = Driver::Deciding { wanted, unsure: true };
