@@ -22,7 +22,7 @@ fn every_property_holds_in_every_state() {
 }
 
 #[test]
-#[ignore = "some minutes and 3 GB: 28 million states"]
+#[ignore = "28 million states: minutes, and much memory"]
 fn every_property_holds_in_every_state_with_three() {
     holds::<3>(false, 14_963_970);
     holds::<3>(true, 13_032_100);

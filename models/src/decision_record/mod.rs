@@ -54,8 +54,11 @@ pub enum Flaw {
     BeginsAgain,
     /// Whoever looks for what came late asks the participant once, before the log, and not once more after it.
     LooksOnce,
-    /// A driver that finds its transaction decided and forgotten by others takes it for aborted, and tells so.
+    /// A driver that finds its transaction decided and forgotten by others takes it for aborted, without a look for a
+    /// decision by hand, and although it has written that all are in favour.
     OverMeansAborted,
+    /// The operator takes the decision by hand off the list while the driver may still look for it.
+    AcknowledgesEarly,
     /// That all are in favour is written without a look whether the transaction is over.
     ReadyUnchecked,
     /// An abort is decided without a look whether all are in favour.
@@ -226,6 +229,8 @@ pub struct State<const N: usize> {
     pub decision: Option<Decision>,
     /// In the store: all are in favour.
     pub ready: bool,
+    /// In the store, until the operator takes it away: the decision by hand.
+    pub by_hand: Option<Decision>,
     /// In memory.
     pub driver: Driver,
     /// In memory.
@@ -299,6 +304,8 @@ pub enum Action {
     OrphanAbortArrives(usize),
     /// The operator decides.
     OperatorDecides(Decision),
+    /// The operator takes the decision by hand off the list.
+    Acknowledge,
     /// Its commit reaches the store, because all are in favour, and it hears what came of it; or [`Flaw::RecovererGuesses`].
     RecovererCommits(usize),
     /// [`Flaw::TimesOutAlone`].
@@ -359,6 +366,7 @@ impl<const N: usize> Model for DecisionRecord<N> {
             tx: Tx::Ahead,
             decision: None,
             ready: false,
+            by_hand: None,
             driver: Driver::Ready,
             recoverers,
             branches: [branch; N],

@@ -25,7 +25,7 @@ impl<const N: usize> DecisionRecord<N> {
                 }
                 actions.push(Action::ChooseAbort);
             }
-            Driver::Readying => actions.push(Action::DriverIsReady),
+            Driver::Readying => actions.extend([Action::DriverIsReady, Action::DriverLosesReply]),
             Driver::Deciding { .. } => actions.extend([Action::DriverDecides, Action::DriverLosesReply]),
             Driver::Refused { .. } => actions.push(Action::DriverLooks),
             Driver::Telling(decision) => {
@@ -86,6 +86,9 @@ impl<const N: usize> DecisionRecord<N> {
                 actions.push(Action::OperatorDecides(Commit));
             }
         }
+        if state.by_hand.is_some() && self.has(Flaw::AcknowledgesEarly) {
+            actions.push(Action::Acknowledge);
+        }
         for (at, branch) in state.branches.iter().enumerate() {
             if on_the_way.prepare {
                 actions.extend(VOTES.into_iter().map(|vote| Action::PrepareArrives(at, vote)));
@@ -145,7 +148,13 @@ impl<const N: usize> DecisionRecord<N> {
                 state.driver = Driver::Deciding { wanted: Commit, unsure: false };
             }
             Action::LateReady => self.get_ready(state),
-            Action::LateDecide(decision) | Action::OperatorDecides(decision) => drop(self.decide(state, decision)),
+            Action::LateDecide(decision) => drop(self.decide(state, decision)),
+            Action::OperatorDecides(decision) => {
+                if self.decide(state, decision) {
+                    state.by_hand = Some(decision);
+                }
+            }
+            Action::Acknowledge => state.by_hand = None,
             Action::ForgetLands => {
                 if state.tx == Tx::Stands {
                     (state.tx, state.decision, state.ready) = (Tx::Over, None, false);
@@ -180,6 +189,7 @@ impl<const N: usize> DecisionRecord<N> {
                     state.driver = Driver::Refused { wanted, unsure };
                 }
             }
+            (Action::DriverLosesReply, Driver::Readying) => state.on_the_way.ready = true,
             (Action::DriverLosesReply, Driver::Deciding { wanted, .. }) => {
                 state.leave_behind(wanted);
                 state.driver = Driver::Deciding { wanted, unsure: true };
@@ -187,11 +197,14 @@ impl<const N: usize> DecisionRecord<N> {
             (Action::DriverLooks, Driver::Refused { wanted, unsure }) => match (state.decision, state.tx) {
                 (Some(decision), _) => state.driver_tells(decision),
                 (None, Tx::Stands) => state.driver = Driver::Deciding { wanted, unsure },
-                // Whoever has forgotten it has told everybody before; how it ended cannot be known any more.
+                // Its own may have been carried out and forgotten by others, or what it has found all in favour of:
+                // nobody is told anything.
+                (None, _) if wanted == Commit && (unsure || self.knows_ready()) => state.driver = Driver::Gone,
+                // Recoverers only abort, so only by hand can it have been committed.
                 (None, _) => {
+                    let by_hand = state.by_hand.filter(|_| !self.has(Flaw::OverMeansAborted));
+                    state.tell(by_hand.unwrap_or(Abort));
                     state.driver = Driver::Gone;
-                    let aborted = !(unsure && wanted == Commit);
-                    state.on_the_way.abort |= aborted && self.has(Flaw::OverMeansAborted);
                 }
             },
             (Action::DriverCrashes, driver) => {
@@ -301,6 +314,11 @@ impl<const N: usize> DecisionRecord<N> {
         self.has(Flaw::ForgetsEarly) || state.branches.iter().all(|b| b.confirmed || silent(b))
     }
 
+    /// Whether a driver that has found all in favour keeps in mind that others may have committed.
+    fn knows_ready(&self) -> bool {
+        self.pre_commits && !self.has(Flaw::OverMeansAborted)
+    }
+
     fn has(&self, flaw: Flaw) -> bool {
         self.flaw == Some(flaw)
     }
@@ -368,6 +386,9 @@ impl<const N: usize> State<N> {
             for branch in &mut self.branches {
                 (branch.votes, branch.heard) = (0, None);
             }
+        }
+        if self.driver == Driver::Gone {
+            self.by_hand = None;
         }
         self.branches.sort_unstable();
         self.recoverers.sort_unstable();
