@@ -1,4 +1,4 @@
-//! Locks, and soon discovery, heartbeats and atomic commit, that mean the same on etcd, Redis, Consul and
+//! Locks, elections, discovery, heartbeats and atomic commit that mean the same on etcd, Redis, Consul and
 //! ZooKeeper; an in-process backend speaks the same contract for tests.
 //!
 //! Promise: application code names a backend in one place, the URL. What it may rely on is written with each

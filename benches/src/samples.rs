@@ -11,6 +11,7 @@ pub(crate) struct Budget {
     pub(crate) throughput: Duration,
     pub(crate) contended: Duration,
     pub(crate) hand_off: Duration,
+    pub(crate) commits: Duration,
     pub(crate) memory: Duration,
     pub(crate) balance: Duration,
 }
@@ -24,6 +25,7 @@ impl Budget {
             throughput: seconds(12),
             contended: seconds(12),
             hand_off: seconds(14),
+            commits: seconds(8),
             memory: seconds(12),
             balance: seconds(12),
         }
@@ -36,6 +38,7 @@ impl Budget {
             throughput: full.throughput / 5,
             contended: full.contended / 5,
             hand_off: full.hand_off / 5,
+            commits: full.commits / 5,
             memory: full.memory / 5,
             balance: full.balance / 5,
         }

@@ -13,7 +13,7 @@
 //! | fenced write | `commit` with [`Check::Standing`] |
 //! | membership, discovery | `commit` of keys on a lease, `watch` of their directory |
 //! | heartbeats, recovery | `commit` of keys on no lease, each beat with [`Check::Unchanged`]; `watch` of their directory; a lock per death |
-//! | 2PC | `commit` with [`Check::Absent`] for the one decision record, `watch` |
+//! | atomic commit | `commit` with [`Check::Absent`] for the one decision record; `watch` for participants in other processes; a lock per recovery |
 
 use std::{fmt, sync::Arc, time::Duration};
 

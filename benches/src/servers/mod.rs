@@ -3,6 +3,7 @@
 //! Promise: both sides run in one process, on one runtime and on one server, with connections of the same kind; the
 //! raw side is written as its library's users would write it, with no step that quorate needs and it does not.
 
+mod commits;
 #[cfg(feature = "consul")]
 mod consul;
 mod contended;
@@ -129,6 +130,8 @@ async fn measured(contest: &'static dyn Contest, budget: Budget) -> Outcome<Repo
     let times = within(budget.hand_off, times).await?;
     notes.push(format!("{} pairs and {} hand-offs timed on either side", latency.count(), times.count()));
     rows.extend(times.rows("hand-off", 1.5));
+    progress(name, "atomic commit");
+    rows.extend(within(budget.commits, commits::measure(&*raw.pair, &ours.0, budget.commits)).await?);
     Ok(Report { title: format!("{name}, one server"), sides: ("raw client", "quorate"), rows, notes })
 }
 

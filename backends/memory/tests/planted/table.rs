@@ -79,6 +79,17 @@ pub(crate) const PLANTED_UNDER_RECIPES: &[(Flaw, &[&str])] = &[
         NobodyIsEverAhead,
         &["partitions_are_spread_evenly_and_never_owned_twice", "the_next_owner_starts_when_the_old_one_has_finished"],
     ),
+    (
+        ChecksAreIgnored,
+        &[
+            "a_driver_that_slept_through_its_recovery_follows_it",
+            "a_held_key_refuses_others_until_it_is_let_go",
+            "keys_change_together_or_not_at_all",
+        ],
+    ),
+    (WritesApplyOneByOne, &["transfers_keep_the_total_at_every_consistent_read"]),
+    (LeasesNeverEnd, &["recoverers_at_the_same_time_do_the_work_once"]),
+    (WatchKeepsTheLastChange, &["participants_of_other_processes_vote_and_follow"]),
 ];
 
 /// Each flaw, with cases that must notice it.
