@@ -21,7 +21,8 @@
 //! ```
 //!
 //! # Features
-//! One per backend: `memory` (default), `etcd`, `redis`, `consul`, `zookeeper`; `full` for all. The form of the
+//! One per backend: `memory` (default), `etcd`, `redis`, `consul`, `zookeeper`. `postgres` for databases as participants of
+//! [atomic commit](commit). `full` for all. The form of the
 //! URL and its options are in [`config`].
 
 use std::{sync::Arc, time::Duration};
@@ -35,6 +36,8 @@ pub use quorate_memory as memory;
 pub use quorate_consul as consul;
 #[cfg(feature = "etcd")]
 pub use quorate_etcd as etcd;
+#[cfg(feature = "postgres")]
+pub use quorate_postgres as postgres;
 #[cfg(feature = "redis")]
 pub use quorate_redis as redis;
 #[cfg(feature = "zookeeper")]

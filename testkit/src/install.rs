@@ -62,15 +62,32 @@ const NETTY: Missing = program("/usr/share/java/netty-codec.jar", &["libnetty-ja
 const PROTOC: Missing = program("protoc", &["protobuf-compiler"]);
 const PROTOS: Missing = program("/usr/include/google/protobuf/timestamp.proto", &["libprotobuf-dev"]);
 
+/// Debian keeps the programs of each version in a folder of its own, outside of `PATH`.
+pub(crate) const PSQL_SERVER: Missing = program("postgres", &["postgresql"]);
+
 const CURATOR: Missing = program("/usr/share/java/curator-recipes.jar", &["libcurator-recipes-java"]);
 const JAVAC: Missing = program("javac", &["default-jdk-headless"]);
 pub(crate) const PYTHON: Missing = program("python3", &["python3", "python3-venv"]);
 const VENV: Missing =
     Missing { what: "ensurepip", packages: &["python3-venv"], note: "a module of python3; pip does as well" };
 
-const ALL: [Missing; 15] = [
-    ETCD, ETCDCTL, REDIS, SENTINEL, CONSUL, JAVA, ZOOKEEPER, LOGGER, NETTY, PROTOC, PROTOS, CURATOR, JAVAC, PYTHON,
+const ALL: [Missing; 16] = [
+    ETCD,
+    ETCDCTL,
+    REDIS,
+    SENTINEL,
+    CONSUL,
+    JAVA,
+    ZOOKEEPER,
+    LOGGER,
+    NETTY,
+    PROTOC,
+    PROTOS,
+    CURATOR,
+    JAVAC,
+    PYTHON,
     VENV,
+    PSQL_SERVER,
 ];
 
 /// What the servers and the build need and this machine lacks. Empty means that all tests can run.
@@ -86,6 +103,7 @@ fn is_present(item: &Missing) -> bool {
         _ if item == &ZOOKEEPER || item == &LOGGER || item == &NETTY => std::env::var_os(ZOOKEEPER_JARS).is_some(),
         // Debian's python3 comes without the means to install anything for it.
         _ if item == &VENV => return python::can_install(),
+        _ if item == &PSQL_SERVER => return postgres_programs().is_ok(),
         _ => false,
     };
     by_variable || find(item).is_ok()
@@ -105,6 +123,16 @@ pub(crate) fn in_path(name: &Path) -> Option<PathBuf> {
         .chain(["/usr/sbin".into(), "/usr/local/sbin".into()])
         .map(|dir| dir.join(name))
         .find(|file| file.is_file())
+}
+
+/// The folder with `postgres` and `initdb`: of the newest version, where there are several.
+pub(crate) fn postgres_programs() -> Result<PathBuf, Error> {
+    let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let mut folders: Vec<_> = versions.map(|version| version.path().join("bin")).collect();
+    folders.sort_by_key(|folder| folder.parent().and_then(|v| v.file_name()?.to_str()?.parse::<u32>().ok()));
+    let in_path = in_path(Path::new("postgres")).and_then(|program| Some(program.parent()?.to_owned()));
+    let found = folders.into_iter().rev().chain(in_path).find(|bin| bin.join("initdb").is_file());
+    found.ok_or_else(|| Error::missing("postgres", &PSQL_SERVER.how()))
 }
 
 /// A class path of jars, separated by colons, for a ZooKeeper that was unpacked by hand.

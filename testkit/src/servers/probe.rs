@@ -21,6 +21,7 @@ pub(crate) enum Probe {
     Redis(RedisProbe),
     Consul { http: u16, token: Option<Secret>, node: String },
     ZooKeeper { client: u16 },
+    Postgres { client: u16 },
 }
 
 #[derive(Debug, Clone)]
@@ -46,6 +47,7 @@ impl Probe {
                 Self::Redis(probe) => probe.ready().await,
                 Self::Consul { http, token, node } => consul_ready(*http, token.as_ref(), node).await,
                 Self::ZooKeeper { client } => zookeeper_mode(*client).await.map(|_| ()),
+                Self::Postgres { client } => postgres_ready(*client).await,
             }
         };
         match tokio::time::timeout(ASK, asked).await {
@@ -73,6 +75,7 @@ impl Probe {
                     let mode = zookeeper_mode(*client).await?;
                     Ok(mode == "leader" || mode == "standalone")
                 }
+                Self::Postgres { client } => postgres_ready(*client).await.map(|()| true),
             }
         };
         tokio::time::timeout(ASK, asked).await?
@@ -107,6 +110,19 @@ async fn consul_ready(port: u16, token: Option<&Secret>, node: &str) -> io::Resu
     }
     let delete = http(port, "DELETE", &key, token, "").await?;
     if delete.status == 200 { Ok(()) } else { Err(unexpected("DELETE of a key", &delete)) }
+}
+
+/// It answers a start-up message with a question for who it is, or with an error while it recovers.
+async fn postgres_ready(port: u16) -> io::Result<()> {
+    let mut stream = TcpStream::connect(loopback(port)).await?;
+    let mut message = 196_608_u32.to_be_bytes().to_vec();
+    message.extend_from_slice(b"user\0quorate\0database\0postgres\0\0");
+    let length = u32::try_from(message.len() + 4).expect("a few dozen bytes");
+    stream.write_all(&[&length.to_be_bytes()[..], &message].concat()).await?;
+    match stream.read_u8().await? {
+        b'R' => Ok(()),
+        other => Err(io::Error::other(format!("answered {:?} to a start-up message", char::from(other)))),
+    }
 }
 
 async fn zookeeper_mode(port: u16) -> io::Result<String> {
@@ -241,6 +257,7 @@ impl fmt::Display for Probe {
             Self::Redis(_) => "PING answers PONG",
             Self::Consul { .. } => "there is a leader, a key can be written and serfHealth is passing",
             Self::ZooKeeper { .. } => "srvr names a mode",
+            Self::Postgres { .. } => "it lets its superuser in",
         })
     }
 }

@@ -36,6 +36,8 @@ pub enum Kind {
     Consul,
     /// ZooKeeper.
     ZooKeeper,
+    /// PostgreSQL: no coordinator, but a participant of transactions.
+    Postgres,
 }
 
 impl Kind {
@@ -46,6 +48,7 @@ impl Kind {
             Self::Sentinel => "redis-sentinel",
             Self::Consul => "consul",
             Self::ZooKeeper => "zookeeper",
+            Self::Postgres => "postgresql",
         }
     }
 }
@@ -58,6 +61,7 @@ impl fmt::Display for Kind {
             Self::Sentinel => "Redis Sentinel",
             Self::Consul => "Consul",
             Self::ZooKeeper => "ZooKeeper",
+            Self::Postgres => "PostgreSQL",
         })
     }
 }

@@ -88,7 +88,6 @@ pub(crate) const PLANTED_UNDER_RECIPES: &[(Flaw, &[&str])] = &[
         ],
     ),
     (WritesApplyOneByOne, &["transfers_keep_the_total_at_every_consistent_read"]),
-    (LeasesNeverEnd, &["recoverers_at_the_same_time_do_the_work_once"]),
     (WatchKeepsTheLastChange, &["participants_of_other_processes_vote_and_follow"]),
 ];
 
