@@ -5,6 +5,7 @@
 //! passes because it did not run. The cases about the contract itself are in `quorate-conformance`.
 
 pub mod actor;
+pub mod bank;
 pub mod commit;
 pub mod heartbeats;
 pub mod outage;
