@@ -92,7 +92,8 @@ fn site_cases(runtime: &Runtime, results: &Results, backend: &'static str, start
         return Vec::new();
     }
     let external = start.as_ref().is_ok_and(|site| !site.is_ours());
-    let outages = if external { Vec::new() } else { [outage::cases(), registry::cases()].concat() };
+    let outages =
+        if external { Vec::new() } else { [outage::cases(), registry::cases(), commit::restarts::cases()].concat() };
     let shared = [process::cases(), heartbeats::cases(), commit::kills::cases()].concat();
     let cases = shared.into_iter().map(|c| (c, false)).chain(outages.into_iter().map(|c| (c, true)));
     cases

@@ -4,6 +4,7 @@
 
 pub mod fate;
 pub mod kills;
+pub mod restarts;
 
 use std::{sync::Arc, time::Duration};
 
