@@ -58,6 +58,8 @@ pub struct Record {
     pub kills: usize,
     /// Processes that died at a step.
     pub deaths: usize,
+    /// Processes that were stopped and went on.
+    pub stops: usize,
     /// What must not be.
     pub wrong: Vec<String>,
 }
@@ -111,16 +113,14 @@ impl Record {
         Some(())
     }
 
-    /// Mixed outcomes, and branches that nobody has brought to an end.
+    /// Mixed outcomes. (That nothing is in doubt any more is looked up at the participants: a reader may have ended a branch
+    /// and written no line.)
     fn judge(&mut self) {
         let mut sides: HashMap<TxId, Decision> = HashMap::new();
-        for ((id, participant), span) in &self.branches {
-            match span.ended {
-                None => self.wrong.push(format!("{id}: {participant} is in doubt for ever")),
-                Some((decision, _)) if *sides.entry(*id).or_insert(decision) != decision => {
-                    self.wrong.push(format!("{id}: a mixed outcome"));
-                }
-                Some(_) => {}
+        for ((id, _), span) in &self.branches {
+            let Some((decision, _)) = span.ended else { continue };
+            if *sides.entry(*id).or_insert(decision) != decision {
+                self.wrong.push(format!("{id}: a mixed outcome"));
             }
         }
     }
@@ -147,6 +147,7 @@ pub struct Figures {
     reads: usize,
     kills: usize,
     deaths: usize,
+    stops: usize,
     restarts: usize,
     quiet_after: Duration,
     in_doubt: Vec<Duration>,
@@ -163,8 +164,8 @@ impl fmt::Display for Figures {
         writeln!(f, "        {}; {} took effect", told.join(", "), self.effective)?;
         writeln!(
             f,
-            "        {} processes killed, {} more killed at a step, {} kills and restarts of servers",
-            self.kills, self.deaths, self.restarts
+            "        processes: {} killed, {} killed at a step, {} stopped for a while; servers: {} killed and restarted",
+            self.kills, self.deaths, self.stops, self.restarts
         )?;
         writeln!(
             f,
@@ -185,7 +186,7 @@ impl Figures {
     /// A run in which nothing broke, or nothing was done, has shown nothing.
     fn is_void(&self) -> bool {
         let committed = self.told.get("committed").copied().unwrap_or_default();
-        committed < 50 || self.reads < 3 || self.kills < 5 || self.deaths < 2 || self.restarts < 2
+        committed < 50 || self.reads < 3 || self.kills < 5 || self.deaths < 1 || self.restarts < 2
     }
 }
 
@@ -252,7 +253,8 @@ pub async fn run(plan: &Plan) -> Result<Figures, String> {
         ..Figures::default()
     };
     figures.backends = plan.backends.join(" and ");
-    (figures.kills, figures.deaths, figures.in_doubt) = (record.kills, record.deaths, record.in_doubt());
+    (figures.kills, figures.deaths, figures.stops) = (record.kills, record.deaths, record.stops);
+    figures.in_doubt = record.in_doubt();
     for told in record.told.values() {
         let word = match told {
             Told::Committed => "committed",
@@ -271,7 +273,14 @@ async fn harm(
     recoverers: &[Keeper],
     until: Instant,
 ) -> Result<usize, servers::Error> {
-    let any = |keepers: &[Keeper]| keepers[rand::random_range(0..keepers.len())].kill();
+    let any = |keepers: &[Keeper]| {
+        let keeper = &keepers[rand::random_range(0..keepers.len())];
+        match rand::random_range(0..4) {
+            // Mostly longer than its session lives: others have taken over when it goes on.
+            0 => keeper.stop(Duration::from_millis(rand::random_range(1000..8000))),
+            _ => keeper.kill(),
+        }
+    };
     let mut restarts = 0;
     let mut calm = 0;
     while Instant::now() < until {
@@ -328,7 +337,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_record_sees_mixed_outcomes_and_what_is_in_doubt() {
+    fn the_record_sees_mixed_outcomes() {
         let (mixed, open, fine) = (TxId::random(), TxId::random(), TxId::random());
         let mut record = Record::default();
         let lines = [
@@ -345,9 +354,9 @@ mod tests {
         assert_eq!(record.wrong, Vec::<String>::new());
         assert_eq!(record.in_doubt(), [Duration::from_micros(10), Duration::from_micros(20)]);
         record.judge();
-        assert_eq!(record.wrong.len(), 2, "{:?}", record.wrong);
+        assert_eq!(record.wrong.len(), 1, "{:?}", record.wrong);
         record.note(&format!("abort {fine} etcd 50"));
         record.note("prepared nonsense etcd 10");
-        assert_eq!(record.wrong.len(), 4, "{:?}", record.wrong);
+        assert_eq!(record.wrong.len(), 3, "{:?}", record.wrong);
     }
 }
