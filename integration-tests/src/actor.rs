@@ -2,13 +2,14 @@
 //!
 //! Promise: the child ends with the value that stands for it.
 
-use std::{process::Stdio, sync::OnceLock, time::Duration};
+use std::{os::unix::process::ExitStatusExt as _, process::Stdio, sync::OnceLock, time::Duration};
 
 use quorate::Config;
+use rustix::process::Signal;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines},
     process::{Child, ChildStdin, ChildStdout, Command},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use crate::site::Site;
@@ -88,6 +89,34 @@ impl Actor {
     /// If it cannot be killed.
     pub async fn kill(&mut self) {
         self.child.kill().await.expect("a child can be killed");
+    }
+
+    /// Waits for its end, which is by SIGKILL and not by our hand.
+    ///
+    /// # Panics
+    /// If it ends otherwise, or not in time.
+    pub async fn killed(&mut self) {
+        let end =
+            timeout(PATIENCE, self.child.wait()).await.expect("it dies in time").expect("a child can be waited for");
+        assert_eq!(end.signal(), Some(Signal::KILL.as_raw()), "{end}");
+    }
+
+    /// Waits until it is stopped, not by our hand.
+    ///
+    /// # Panics
+    /// If it is not in time.
+    pub async fn stopped(&self) {
+        let pid = self.child.id().expect("it has not been waited for");
+        let state = async || {
+            let text = tokio::fs::read_to_string(format!("/proc/{pid}/stat")).await.expect("the process is there");
+            text.rsplit(')').next().and_then(|rest| rest.trim_start().chars().next())
+        };
+        let stopped = async {
+            while state().await != Some('T') {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(PATIENCE, stopped).await.expect("it stops in time");
     }
 
     /// Stops it with SIGSTOP.

@@ -14,7 +14,7 @@ use std::{
 use libtest_mimic::{Arguments, Failed, Trial};
 use quorate_conformance::{Case, Outcome, limit, recipe_cases, run_case, waist_cases};
 use quorate_integration_tests::{
-    SiteCase, actor, heartbeats, outage, process, registry,
+    SiteCase, actor, commit, heartbeats, outage, process, registry,
     site::{BACKENDS, Site, SiteClients},
 };
 use tokio::runtime::{Handle, Runtime};
@@ -92,8 +92,9 @@ fn site_cases(runtime: &Runtime, results: &Results, backend: &'static str, start
         return Vec::new();
     }
     let external = start.as_ref().is_ok_and(|site| !site.is_ours());
-    let outages = if external { Vec::new() } else { [outage::cases(), registry::cases()].concat() };
-    let shared = [process::cases(), heartbeats::cases()].concat();
+    let outages =
+        if external { Vec::new() } else { [outage::cases(), registry::cases(), commit::restarts::cases()].concat() };
+    let shared = [process::cases(), heartbeats::cases(), commit::kills::cases()].concat();
     let cases = shared.into_iter().map(|c| (c, false)).chain(outages.into_iter().map(|c| (c, true)));
     cases
         .map(|(case, own_server): (SiteCase, bool)| {

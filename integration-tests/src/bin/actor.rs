@@ -4,7 +4,8 @@
 //! `acquire NAME`, `try NAME`, `deadline`, `held`, `fenced KEY VALUE`, `plain KEY VALUE`, `release`, `beat GROUP PEER`,
 //! `observe GROUP SECONDS`, which watches for so long and answers with the peers that it was told dead, and
 //! `contend NAME TASKS TURNS REFEREE`, which takes the lock TURNS times from each of TASKS tasks and reports
-//! every entry and exit to the referee's address.
+//! every entry and exit to the referee's address. In transactions, with a fate such as `decided 1 kill`:
+//! `begin GROUP KEY KEY FATE`, `commit`, `recover GROUP FATE`, `serve GROUP NAME FATE`, `serves`.
 
 use std::{process::ExitCode, time::Duration};
 
@@ -12,7 +13,7 @@ use quorate::{
     Config, Coordinator, LockGuard, Result,
     heartbeat::{PeerEvent, Publisher},
 };
-use quorate_integration_tests::heartbeats;
+use quorate_integration_tests::{commit::Acting, heartbeats};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::TcpStream,
@@ -32,11 +33,16 @@ async fn main() -> ExitCode {
     };
     let mut guard = None;
     let mut publisher = None;
+    let mut acting = Acting::default();
     let mut lines = BufReader::new(tokio::io::stdin()).lines();
     while let Some(line) = lines.next_line().await.expect("stdin is readable") {
         let words: Vec<_> = line.split(' ').collect();
-        let answer = match obey(&coord, &mut guard, &mut publisher, &words).await {
-            Ok(answer) => answer,
+        let obeyed = match acting.obey(&coord, &words).await {
+            Ok(None) => obey(&coord, &mut guard, &mut publisher, &words).await.map(Some),
+            answer => answer,
+        };
+        let answer = match obeyed {
+            Ok(answer) => answer.unwrap_or_default(),
             Err(error) => format!("error {} {error}", error.kind()),
         };
         say(&answer).await;
