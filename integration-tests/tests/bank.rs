@@ -1,7 +1,7 @@
 //! The bank over several backends at a time, with everybody killed at random: `bank/etcd_and_redis`.
 //!
 //! By environment: `QUORATE_BANK_SECONDS`, how long transfers are made in each run; `QUORATE_BANK_BACKENDS`, one run over
-//! these instead (`redis,zookeeper,etcd`: the log is on the first).
+//! these instead (`redis,zookeeper,etcd,postgresql`: the log is on the first).
 
 use std::{process::ExitCode, time::Duration};
 
@@ -20,9 +20,9 @@ fn main() -> ExitCode {
     arguments.test_threads = Some(1);
     let seconds = std::env::var("QUORATE_BANK_SECONDS").ok().map(|text| text.parse().expect("a number of seconds"));
     let length = Duration::from_secs(seconds.unwrap_or(20));
-    let trials = runs().into_iter().map(|backends| {
-        let name = format!("bank/{}", backends.join("_and_"));
-        let plan = Plan { backends, length, program: env!("CARGO_BIN_EXE_quorate-teller").into() };
+    let trials = runs().into_iter().map(|(backends, book)| {
+        let name = format!("bank/{}{}", backends.join("_and_"), if book { "_and_postgresql" } else { "" });
+        let plan = Plan { backends, book, length, program: env!("CARGO_BIN_EXE_quorate-teller").into() };
         Trial::test(name, move || {
             let runtime = Runtime::new().expect("a runtime starts");
             let figures = runtime.block_on(run(&plan)).map_err(Failed::from)?;
@@ -33,8 +33,12 @@ fn main() -> ExitCode {
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }
 
-fn runs() -> Vec<Vec<&'static str>> {
-    let Ok(chosen) = std::env::var("QUORATE_BANK_BACKENDS") else { return RUNS.map(Vec::from).into() };
+/// Backends, and whether there is a book in PostgreSQL as well.
+fn runs() -> Vec<(Vec<&'static str>, bool)> {
+    let Ok(chosen) = std::env::var("QUORATE_BANK_BACKENDS") else {
+        return RUNS.iter().enumerate().map(|(place, backends)| (backends.to_vec(), place == 0)).collect();
+    };
     let known = |name: &str| BACKENDS.into_iter().find(|b| *b == name && *b != "memory");
-    vec![chosen.split(',').map(|name| known(name).expect("a backend with a server")).collect()]
+    let (book, backends): (Vec<_>, Vec<_>) = chosen.split(',').partition(|name| *name == "postgresql");
+    vec![(backends.into_iter().map(|name| known(name).expect("a backend with a server")).collect(), !book.is_empty())]
 }

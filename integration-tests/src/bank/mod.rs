@@ -4,6 +4,7 @@
 //! every transfer found on both sides or on none.
 
 pub mod keeper;
+pub mod ledger;
 pub mod run;
 pub mod watched;
 
@@ -20,6 +21,7 @@ use quorate::{
 };
 use tokio::time::sleep;
 
+use ledger::Ledger;
 use watched::{Note, Watched};
 
 /// How many accounts there are, dealt out to the participants in turn.
@@ -61,11 +63,11 @@ pub struct Bank {
     /// Its transactions.
     pub all: Transactions,
     parts: Vec<(Part, Keys)>,
+    ledger: Option<Ledger>,
 }
 
 impl Bank {
-    /// Enlists all participants, each watched by `note`. A participant of another kind would be enlisted here, and read in
-    /// [`total`](Self::total).
+    /// Enlists all participants, each watched by `note`.
     ///
     /// # Errors
     /// `InvalidInput` for a bad name.
@@ -73,6 +75,7 @@ impl Bank {
         log: &Coordinator,
         group: &str,
         parts: &[Part],
+        ledger: Option<&Ledger>,
         options: TransactionsOptions,
         note: &Note,
     ) -> Result<Self> {
@@ -80,10 +83,14 @@ impl Bank {
         let mut opened = Vec::new();
         for part in parts {
             let keys = source.enlist_keys(&part.name, &part.coord)?;
-            all.enlist(&part.name, Arc::new(Watched { inner: keys.clone(), note: note.clone() }))?;
+            all.enlist(&part.name, Arc::new(Watched { inner: Arc::new(keys.clone()), note: note.clone() }))?;
             opened.push((part.clone(), keys));
         }
-        Ok(Self { all, parts: opened })
+        if let Some(ledger) = ledger {
+            let inner = Arc::new(ledger.participant.clone());
+            all.enlist(ledger::NAME, Arc::new(Watched { inner, note: note.clone() }))?;
+        }
+        Ok(Self { all, parts: opened, ledger: ledger.cloned() })
     }
 
     fn account(&self, number: usize) -> (&str, &Keys, String) {
@@ -100,7 +107,10 @@ impl Bank {
             let (part, _) = &self.parts[number % self.parts.len()];
             part.coord.kv().put(&format!("account/{number}"), EACH.to_string()).await?;
         }
-        Ok(())
+        match &self.ledger {
+            Some(ledger) => ledger.fill().await,
+            None => Ok(()),
+        }
     }
 
     /// One transfer between two accounts; `None` if they cannot be read now.
@@ -122,6 +132,10 @@ impl Bank {
         }
         let mut tx = self.all.begin();
         let id = tx.id();
+        if self.ledger.is_some() {
+            let receipts: String = work.values().map(|(_, receipt)| receipt.as_str()).collect();
+            tx = tx.branch(ledger::NAME, receipts);
+        }
         for (name, (branch, receipt)) in work {
             let key = format!("receipt/{name}/{id}");
             tx = tx.branch(name, branch.if_absent(&key).put(&key, receipt));
@@ -144,7 +158,13 @@ impl Bank {
     pub async fn total(&self) -> Result<i64> {
         let accounts: Vec<_> = (0..ACCOUNTS).map(|number| self.account(number)).collect();
         let keys: Vec<_> = accounts.iter().map(|(_, keys, key)| (*keys, key.as_str())).collect();
-        Ok(consistent_read(&keys).await?.iter().flatten().map(number_of).sum())
+        let total = consistent_read(&keys).await?.iter().flatten().map(number_of).sum();
+        // The book changes with the accounts, a moment before or after: its total is the same at every moment.
+        if let Some(ledger) = &self.ledger {
+            let book: i64 = ledger.balances().await?.values().sum();
+            assert_eq!(book, TOTAL, "in the book");
+        }
+        Ok(total)
     }
 
     /// Reckons everything up by plain reads, when all is quiet: what is wrong, and how many transfers took effect.
@@ -159,7 +179,8 @@ impl Bank {
             let dir = format!("receipt/{}/", part.name);
             for entry in part.coord.kv().list(&dir).await?.entries {
                 let id: TxId = entry.key.trim_start_matches(&dir).parse()?;
-                for (number, change) in changes(&entry) {
+                let receipt = std::str::from_utf8(&entry.value).expect("text");
+                for (number, change) in changes(receipt) {
                     balances[number] += change;
                     receipts.entry(id).or_default().push(change);
                 }
@@ -170,6 +191,16 @@ impl Bank {
             let now = part.coord.kv().get(&format!("account/{number}")).await?.map(|found| number_of(&found));
             if now != Some(*reckoned) {
                 wrong.push(format!("account {number} holds {now:?}, its receipts say {reckoned}"));
+            }
+        }
+        if let Some(ledger) = &self.ledger {
+            let book = ledger.balances().await?;
+            if book.values().ne(&balances) {
+                wrong.push(format!("the book says {book:?}, the receipts {balances:?}"));
+            }
+            let doubts = ledger.in_doubt().await?;
+            if doubts != 0 {
+                wrong.push(format!("{doubts} branches stand prepared in the book"));
             }
         }
         for (id, changes) in &receipts {
@@ -212,13 +243,12 @@ fn number_of(found: &KeyValue) -> i64 {
 }
 
 /// Account and change, as written down in a receipt.
-fn changes(receipt: &KeyValue) -> Vec<(usize, i64)> {
-    let text = std::str::from_utf8(&receipt.value).expect("text").to_owned();
+fn changes(receipt: &str) -> Vec<(usize, i64)> {
     let change = |word: &str| {
         let (number, change) = word.split_once(':')?;
         Some((number.parse().ok()?, change.parse().ok()?))
     };
-    text.split_whitespace().map(|word| change(word).expect("as written by a transfer")).collect()
+    receipt.split_whitespace().map(|word| change(word).expect("as written by a transfer")).collect()
 }
 
 /// A bank whose servers come and go sees errors of these kinds only.

@@ -17,12 +17,13 @@ use quorate::{
     ErrorKind,
     commit::{Decision, TransactionsOptions, TxId},
 };
-use quorate_testkit::servers;
+use quorate_testkit::servers::{self, Postgres, PostgresOptions, Server};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     Bank, Part, TOTAL, Told,
     keeper::{Keeper, Program},
+    ledger::{self, Ledger},
     watched::Note,
 };
 use crate::site::{Site, connect_long};
@@ -43,6 +44,8 @@ const RECOVERY: Duration = Duration::from_secs(60);
 pub struct Plan {
     /// The backends that hold accounts. The log is on the first.
     pub backends: Vec<&'static str>,
+    /// Whether there is a book in PostgreSQL as well.
+    pub book: bool,
     /// How long transfers are made.
     pub length: Duration,
     /// The teller's binary.
@@ -125,6 +128,21 @@ impl Record {
         }
     }
 
+    /// What can be said from what the processes wrote.
+    fn figures(&self) -> Figures {
+        let mut figures = Figures { transfers: self.told.len(), in_doubt: self.in_doubt(), ..Figures::default() };
+        (figures.kills, figures.deaths, figures.stops) = (self.kills, self.deaths, self.stops);
+        for told in self.told.values() {
+            let word = match told {
+                Told::Committed => "committed",
+                Told::Aborted => "aborted",
+                Told::Unknown => "not known",
+            };
+            *figures.told.entry(word).or_default() += 1;
+        }
+        figures
+    }
+
     /// How long branches were in doubt, sorted.
     fn in_doubt(&self) -> Vec<Duration> {
         let spans = self.branches.values();
@@ -133,6 +151,13 @@ impl Record {
             .collect();
         times.sort();
         times
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let book = self.book.then_some("PostgreSQL");
+        f.write_str(&self.backends.iter().copied().chain(book).collect::<Vec<_>>().join(", "))
     }
 }
 
@@ -204,7 +229,14 @@ pub async fn run(plan: &Plan) -> Result<Figures, String> {
     let coords = futures_util::future::join_all(configs.iter().map(connect_long)).await;
     let parts: Vec<_> = plan.backends.iter().zip(&coords).map(|(name, coord)| Part::new(name, coord)).collect();
     let options = TransactionsOptions::default();
-    let bank = Bank::open(&coords[0], GROUP, &parts, options, &Note::nobody()).map_err(|e| e.to_string())?;
+    let postgres = match plan.book {
+        true => Some(Postgres::start(PostgresOptions::default()).await.map_err(|e| e.to_string())?),
+        false => None,
+    };
+    let book_url = postgres.as_ref().map(|server| format!("postgresql://quorate@{}/postgres", server.addr()));
+    let ledger = book_url.as_deref().map(Ledger::new).transpose().map_err(|e| e.to_string())?;
+    let bank =
+        Bank::open(&coords[0], GROUP, &parts, ledger.as_ref(), options, &Note::nobody()).map_err(|e| e.to_string())?;
     bank.fill().await.map_err(|e| e.to_string())?;
     let record: Arc<Mutex<Record>> = Arc::default();
     let start = |role: &str, chance: f64| {
@@ -212,13 +244,15 @@ pub async fn run(plan: &Plan) -> Result<Figures, String> {
         args.extend(
             plan.backends.iter().zip(&configs).map(|(name, config)| format!("{name}={}", Site::url_of(config))),
         );
+        args.extend(book_url.iter().map(|url| format!("{}={url}", ledger::NAME)));
         Keeper::start(Program { path: plan.program.clone(), args }, record.clone())
     };
     let tellers: Vec<_> = (0..TELLERS).map(|_| start("transfer", CHANCE)).collect();
     let recoverers: Vec<_> = (0..RECOVERERS).map(|_| start("recover", CHANCE_OF_RECOVERERS)).collect();
 
     let began = Instant::now();
-    let breaking = harm(&sites, &tellers, &recoverers, began + plan.length);
+    let victims: Vec<_> = sites.iter().map(Site::server).chain(&postgres).collect();
+    let breaking = harm(&victims, &tellers, &recoverers, began + plan.length);
     let mut reads = 0;
     let restarts = tokio::select! {
         restarts = breaking => restarts.map_err(|e| e.to_string())?,
@@ -243,32 +277,16 @@ pub async fn run(plan: &Plan) -> Result<Figures, String> {
     if !record.wrong.is_empty() {
         return Err(record.wrong.join("\n"));
     }
-    let mut figures = Figures {
-        seconds,
-        transfers: record.told.len(),
-        effective,
-        reads,
-        restarts,
-        quiet_after,
-        ..Figures::default()
-    };
-    figures.backends = plan.backends.join(" and ");
-    (figures.kills, figures.deaths, figures.stops) = (record.kills, record.deaths, record.stops);
-    figures.in_doubt = record.in_doubt();
-    for told in record.told.values() {
-        let word = match told {
-            Told::Committed => "committed",
-            Told::Aborted => "aborted",
-            Told::Unknown => "not known",
-        };
-        *figures.told.entry(word).or_default() += 1;
-    }
+    let mut figures = record.figures();
+    figures.backends = plan.to_string();
+    (figures.seconds, figures.effective, figures.reads) = (seconds, effective, reads);
+    (figures.restarts, figures.quiet_after) = (restarts, quiet_after);
     if figures.is_void() { Err(format!("too little happened to show anything:\n{figures}")) } else { Ok(figures) }
 }
 
 /// Kills somebody every now and then, and breaks a server less often, one after the other.
 async fn harm(
-    sites: &[Site],
+    servers: &[&Server],
     tellers: &[Keeper],
     recoverers: &[Keeper],
     until: Instant,
@@ -299,7 +317,7 @@ async fn harm(
             }
             _ => calm = 0,
         }
-        let server = sites[restarts % sites.len()].server();
+        let server = servers[restarts % servers.len()];
         restarts += 1;
         server.kill().await?;
         // Every now and then longer than anybody waits for an answer.

@@ -7,7 +7,7 @@ use std::{fmt, sync::Arc};
 use async_trait::async_trait;
 use quorate::{
     Result,
-    commit::{Branch, Decision, Finish, Keys, Participant, TxId, Vote},
+    commit::{Branch, Decision, Finish, Participant, TxId, Vote},
 };
 
 /// What happened to a branch.
@@ -43,11 +43,11 @@ impl fmt::Debug for Note {
     }
 }
 
-/// Keys, watched.
+/// A participant, watched.
 #[derive(Debug)]
 pub struct Watched {
     /// What does the work.
-    pub inner: Keys,
+    pub inner: Arc<dyn Participant>,
     /// Who is told.
     pub note: Note,
 }

@@ -13,6 +13,7 @@ use quorate::{
 use quorate_integration_tests::{
     bank::{
         Bank, Part, Told,
+        ledger::{self, Ledger},
         watched::{Moment, Note},
     },
     commit::eager,
@@ -29,9 +30,13 @@ async fn main() {
     let [role, group, chance, log, parts @ ..] = args.as_slice() else { panic!("see the head of this file") };
     let chance: f64 = chance.parse().expect("a chance is a number");
     let log = connect(log).await;
-    let mut opened = Vec::new();
+    let (mut opened, mut book) = (Vec::new(), None);
     for part in parts {
         let (name, url) = part.split_once('=').expect("NAME=URL");
+        if name == ledger::NAME {
+            book = Some(Ledger::new(url).expect("the runner gives a valid URL"));
+            continue;
+        }
         opened.push(Part::new(name, &connect(url).await));
     }
     let options = TransactionsOptions::default().within(Duration::from_secs(5)).on_step(move |_, _| {
@@ -40,7 +45,7 @@ async fn main() {
         }
         Box::pin(std::future::ready(()))
     });
-    let bank = Bank::open(&log, group, &opened, options, &Note::new(note)).expect("good names");
+    let bank = Bank::open(&log, group, &opened, book.as_ref(), options, &Note::new(note)).expect("good names");
     let work = async {
         if role == "recover" {
             let _recoverer = bank.all.recover_with(eager());

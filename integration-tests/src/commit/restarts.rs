@@ -39,7 +39,7 @@ const RECOVERY: Duration = Duration::from_secs(30);
 fn open(coord: &Coordinator) -> Bank {
     let options = TransactionsOptions::default().within(Duration::from_secs(3));
     let parts = NAMES.map(|name| Part::new(name, coord));
-    Bank::open(coord, "restarts", &parts, options, &Note::nobody()).expect("good names")
+    Bank::open(coord, "restarts", &parts, None, options, &Note::nobody()).expect("good names")
 }
 
 async fn transfers_go_through_kills_of_the_server_and_none_is_lost_in_silence(site: Arc<Site>) {
