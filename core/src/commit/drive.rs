@@ -305,6 +305,7 @@ impl Drive {
             id: self.id,
             participant: branch.name.as_str().into(),
             body: branch.body.clone(),
+            served: false,
         }
     }
 
