@@ -341,6 +341,7 @@ impl Drive {
             id: self.id,
             participant: branch.name.as_str().into(),
             body: branch.body.clone(),
+            served: false,
         }
     }
 

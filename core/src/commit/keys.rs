@@ -112,7 +112,8 @@ impl From<KeyWork> for Bytes {
 /// # On the wire
 /// On the coordinator of the keys, on no lease: `txbranch/<group>/<id>/<participant>` holds what the branch does, and
 /// `txintent/<key>` who holds a key. A branch record with state `over` is a mark that refuses a prepare that may still be
-/// on its way; recoverers delete it after ten minutes.
+/// on its way; whoever recovers or serves deletes it after ten minutes. Every branch of keys that are
+/// [served](Transactions::serve) leaves one, because several processes may have sent its prepare.
 #[derive(Clone)]
 pub struct Keys {
     name: Arc<str>,
@@ -300,7 +301,8 @@ impl Keys {
                 (None, _) | (_, Decision::Abort) => {}
             }
         }
-        // A prepare that was sent twice may arrive once more.
+        // A prepare that may have been sent twice may arrive once more. Let in while a decision to commit stands in the log,
+        // it would be committed once more by whoever meets it, over newer values.
         writes.push(if work.again { put(key.clone(), over(decision)) } else { Write::Delete(key.clone()) });
         Ok(Txn { checks: vec![Check::Unchanged { key: key.clone(), modified }], writes })
     }
@@ -310,17 +312,19 @@ impl Keys {
         Txn { checks: vec![Check::Absent(key.clone())], writes: vec![put(key.clone(), over(Decision::Abort))] }
     }
 
-    /// Deletes marks that were seen long enough.
-    async fn sweep(&self, marks: Vec<(Key, Revision)>) {
+    /// Deletes marks that were seen long enough, and whose transactions are forgotten: what comes later is aborted.
+    async fn sweep(&self, marks: Vec<(Key, Revision, TxId)>) {
         let now = Instant::now();
         let old: Vec<_> = {
             let mut seen = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
-            seen.retain(|key, _| marks.iter().any(|(mark, _)| mark == key));
-            let since =
-                marks.into_iter().map(|(key, modified)| (*seen.entry(key.clone()).or_insert(now), key, modified));
-            since.filter(|(since, ..)| *since + KEEP_MARKS <= now).map(|(_, key, modified)| (key, modified)).collect()
+            seen.retain(|key, _| marks.iter().any(|(mark, ..)| mark == key));
+            let mut is_old = |key: &Key| *seen.entry(key.clone()).or_insert(now) + KEEP_MARKS <= now;
+            marks.into_iter().filter(|(key, ..)| is_old(key)).collect()
         };
-        for (key, modified) in old {
+        for (key, modified, id) in old {
+            if !matches!(self.log.standing(id).await, Ok(Standing::Unknown)) {
+                continue;
+            }
             let txn = Txn {
                 checks: vec![Check::Unchanged { key: key.clone(), modified }],
                 writes: vec![Write::Delete(key.clone())],
@@ -344,14 +348,15 @@ impl Participant for Keys {
         }
         let key = self.branch_key(branch)?;
         let (mut pauses, patience) = (backoff(), Instant::now() + BUSY);
-        let mut again = false;
+        // Another process that serves the keys may have sent the same, and stand still since then.
+        let (mut again, mut repeated) = (branch.served, false);
         loop {
             let txn = self.preparing(branch, &key, &work, again)?;
             let commit = match self.backend.commit(&txn).await {
                 Ok(commit) => commit,
                 // Sent again, it is recognised by its branch record.
-                Err(error) if error.kind() == ErrorKind::Ambiguous && !again => {
-                    again = true;
+                Err(error) if error.kind() == ErrorKind::Ambiguous && !repeated => {
+                    (again, repeated) = (true, true);
                     continue;
                 }
                 Err(error) => return Err(error),
@@ -399,7 +404,7 @@ impl Participant for Keys {
             let Some(work) = super::record::decode_or_skip::<BranchWork>(&entry) else { continue };
             match work.state {
                 BranchState::Prepared => prepared.push(id),
-                BranchState::Over(_) => marks.push((entry.key, entry.modified)),
+                BranchState::Over(_) => marks.push((entry.key.clone(), entry.modified, id)),
             }
         }
         self.sweep(marks).await;

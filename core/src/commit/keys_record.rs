@@ -64,7 +64,7 @@ pub(super) struct Intent {
 pub(super) struct BranchWork {
     pub(super) v: u32,
     pub(super) state: BranchState,
-    /// The prepare was sent more than once; an earlier one may still arrive when the branch is over.
+    /// The prepare may have been sent more than once; another one may still arrive when the branch is over.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(super) again: bool,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]

@@ -69,12 +69,15 @@ pub struct Branch {
     pub participant: Arc<str>,
     /// What it is to do; for `prepare`, `commit` and `abort` the same.
     pub body: Bytes,
+    /// Whether a process that [serves](super::Transactions::serve) the participant asks. Another that served it before may
+    /// have asked as well, and its `prepare` may arrive when all is over, a commit included.
+    pub served: bool,
 }
 
 impl Branch {
     /// A branch, for tests of a participant.
     pub fn new(group: &str, id: TxId, participant: &str, body: impl Into<Bytes>) -> Self {
-        Self { group: group.into(), id, participant: participant.into(), body: body.into() }
+        Self { group: group.into(), id, participant: participant.into(), body: body.into(), served: false }
     }
 }
 

@@ -370,6 +370,7 @@ async fn tell(all: &Transactions, tx: &Open, decision: Decision) -> (Vec<String>
             id: tx.id,
             participant: branch.name.as_str().into(),
             body: branch.body.clone(),
+            served: false,
         };
         telling.spawn(async move { (name, finish(participant, branch, decision, limit, hook).await) });
     }

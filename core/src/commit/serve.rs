@@ -168,8 +168,8 @@ impl Server {
         if desk.current.get(&id).is_some_and(|(revision, _)| *revision == entry.modified) {
             return;
         }
-        let branch =
-            Branch { group: self.all.log().group.clone(), id, participant: self.name.clone(), body: work.body.clone() };
+        let (group, participant) = (self.all.log().group.clone(), self.name.clone());
+        let branch = Branch { group, id, participant, body: work.body.clone(), served: true };
         let job = Job {
             all: self.all.clone(),
             participant: self.participant.clone(),

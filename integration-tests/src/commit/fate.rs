@@ -19,7 +19,7 @@ use quorate::{
     commit::{Branch, Finish, Participant, Step, TxId, Vote},
 };
 use rustix::process::{Signal, getpid, kill_process};
-use tokio::time::sleep;
+use tokio::time::Instant;
 
 /// Sends this process a signal that it cannot catch, when it comes to a step for the n-th time.
 #[derive(Clone)]
@@ -31,8 +31,8 @@ pub struct Fate {
 }
 
 impl Fate {
-    /// By three words: the first word of a [`Step`], or `vote` between a participant's prepare and its vote; a number;
-    /// `kill` or `stop`.
+    /// By three words: the first word of a [`Step`], or `ask` right before a participant prepares, or `vote` between that and
+    /// its vote; a number; `kill` or `stop`.
     ///
     /// # Errors
     /// `InvalidInput` for other words.
@@ -55,16 +55,20 @@ impl Fate {
             let fate = fate.clone();
             Box::pin(async move {
                 let step = step.to_string();
-                fate.meet(step.split(' ').next().expect("every text has a first part")).await;
+                fate.meet(step.split(' ').next().expect("every text has a first part"));
             })
         }
     }
 
-    async fn meet(&self, step: &str) {
+    fn meet(&self, step: &str) {
         if step == self.step && self.met.fetch_add(1, Ordering::AcqRel) + 1 == self.nth {
             kill_process(getpid(), self.signal).expect("a process may signal itself");
-            // A stop reaches the threads one after another: none goes on before it has reached them all.
-            sleep(Duration::from_millis(200)).await;
+            // A stop reaches the threads one after another: this one does not go on before. It does not yield either: what
+            // it was about to do is the first that it does when it is continued.
+            let until = Instant::now() + Duration::from_millis(100);
+            while Instant::now() < until {
+                std::hint::spin_loop();
+            }
         }
     }
 }
@@ -75,20 +79,21 @@ impl fmt::Debug for Fate {
     }
 }
 
-/// A participant whose process meets its fate between what it prepared and its vote.
+/// A participant whose process meets its fate before it prepares, or between that and its vote.
 #[derive(Debug)]
 pub struct Doomed<P> {
     /// What it does otherwise.
     pub inner: P,
-    /// Its fate, at the step `vote`.
+    /// Its fate, at the steps `ask` and `vote`.
     pub fate: Fate,
 }
 
 #[async_trait]
 impl<P: Participant> Participant for Doomed<P> {
     async fn prepare(&self, branch: &Branch) -> Result<Vote> {
+        self.fate.meet("ask");
         let vote = self.inner.prepare(branch).await;
-        self.fate.meet("vote").await;
+        self.fate.meet("vote");
         vote
     }
 

@@ -7,9 +7,12 @@ use std::{sync::Arc, time::Duration};
 use futures_util::future::join_all;
 use quorate::{
     Config, Coordinator,
-    commit::{Decision, KeyWork, Transactions, TransactionsOptions, TxStatus},
+    commit::{Decision, KeyWork, Step, Transactions, TransactionsOptions, TxStatus},
 };
-use tokio::time::{Instant, sleep, timeout};
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep, timeout},
+};
 
 use super::{GRACE, eager, group, until_clean};
 use crate::{
@@ -23,6 +26,7 @@ cases!("commit":
     a_driver_stopped_beyond_its_session_follows_what_was_decided_without_it,
     a_killed_recoverer_is_followed_by_another,
     a_killed_participant_is_replaced_by_its_stand_by_or_its_restart,
+    a_stopped_participant_that_wakes_takes_nothing_back,
 );
 
 /// Each step of a transaction of two that vote yes: its name, for the how-manieth time, and whether it is decided there.
@@ -250,4 +254,51 @@ async fn a_killed_participant_is_replaced_by_its_stand_by_or_its_restart(site: A
     });
     let took = join_all(deaths).await;
     println!("      {}: over {} after the kill, ttl {:?}", site.backend, span(&took), site.ttl());
+}
+
+/// It is stopped before it prepares. Its stand-by prepares and commits, others write the key again, and while the decision
+/// still stands in the log the late prepare arrives.
+async fn a_stopped_participant_that_wakes_takes_nothing_back(site: Arc<Site>) {
+    let config = site.config();
+    let coord = connect_long(&config).await;
+    let (arrived, go) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let (hook_arrived, hook_go) = (arrived.clone(), go.clone());
+    let within = 2 * limit(&site, &coord) + Duration::from_secs(5);
+    let options = TransactionsOptions::default().within(within).on_step(move |_, step| {
+        let (arrived, go) = (hook_arrived.clone(), hook_go.clone());
+        Box::pin(async move {
+            if step == Step::Forget {
+                arrived.notify_one();
+                go.notified().await;
+            }
+        })
+    });
+    let mut first = Actor::start(&config);
+    first.ask("serve wakes right ask 1 stop").await;
+    assert_eq!(first.ask("serves").await, "serving");
+    let mut second = Actor::start(&config);
+    second.ask("serve wakes right never 1 kill").await;
+    let slow = coord.transactions_with("wakes", options).expect("a good name");
+    let outcome = slow.begin().remote("right", KeyWork::new().put("k", "first")).commit();
+    let outcome = timeout(2 * within, outcome).await.expect("it ends in time").expect("an outcome");
+    assert!(outcome.is_committed(), "{outcome:?}");
+    arrived.notified().await;
+
+    let (all, [_, right]) = group(&coord, "wakes", TransactionsOptions::default()).expect("a good name");
+    let next = all.begin().branch("right", KeyWork::new().put("k", "second")).commit().await.expect("an outcome");
+    assert!(next.is_committed(), "{next:?}");
+    first.resume().await;
+    let until = Instant::now() + Duration::from_secs(2);
+    while Instant::now() < until {
+        let now = right.get("k").await.expect("get").expect("exists").value;
+        assert_eq!(now, "second", "a transaction was committed twice");
+        sleep(Duration::from_millis(20)).await;
+    }
+    go.notify_one();
+    until_clean(&coord, "wakes", &[&coord], Duration::from_secs(15)).await;
+    assert_eq!(right.get("k").await.expect("get").expect("exists").value, "second");
+    // And it serves again when it is its turn.
+    second.exit().await;
+    assert_eq!(first.ask("serves").await, "serving");
+    first.exit().await;
 }

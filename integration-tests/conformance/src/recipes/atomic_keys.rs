@@ -1,11 +1,15 @@
 //! Keys as participants of atomic commit.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
+use async_trait::async_trait;
 use quorate_core::{
     Coordinator, Dir, KeyRange,
     commit::{
-        Branch, Decision, Finish, KeyWork, Keys, Participant as _, RecoverOptions, Step, Transactions, TxId, Vote,
+        Branch, Decision, Finish, KeyWork, Keys, Participant, RecoverOptions, Step, Transactions, TxId, Vote,
         consistent_read,
     },
     kv::KeyValue,
@@ -25,6 +29,7 @@ cases!("commit_keys":
     readers_see_a_decided_value_at_once_and_an_undecided_one_never,
     a_held_key_refuses_others_until_it_is_let_go,
     what_a_dead_driver_held_is_let_go_by_whoever_meets_it,
+    a_prepare_that_another_server_of_the_keys_sends_late_is_refused,
     transfers_keep_the_total_at_every_consistent_read,
     transfers_keep_the_total_in_chaos,
 );
@@ -236,6 +241,69 @@ async fn what_a_dead_driver_held_is_let_go_by_whoever_meets_it(clients: Arc<dyn 
     assert!(outcome.is_committed(), "{outcome:?}");
     assert_eq!(value(&left, "a").await.as_deref(), Some("next"));
     until_nothing_is_held(&coord, "dead").await;
+}
+
+/// Keys that are served, and what they were asked to prepare.
+#[derive(Debug)]
+struct Served {
+    keys: Keys,
+    asked: Mutex<Vec<Branch>>,
+}
+
+#[async_trait]
+impl Participant for Served {
+    async fn prepare(&self, branch: &Branch) -> quorate_core::Result<Vote> {
+        self.asked.lock().expect("no poison").push(branch.clone());
+        self.keys.prepare(branch).await
+    }
+
+    async fn commit(&self, branch: &Branch) -> quorate_core::Result<Finish> {
+        self.keys.commit(branch).await
+    }
+
+    async fn abort(&self, branch: &Branch) -> quorate_core::Result<Finish> {
+        self.keys.abort(branch).await
+    }
+
+    async fn in_doubt(&self, group: &str) -> quorate_core::Result<Vec<TxId>> {
+        self.keys.in_doubt(group).await
+    }
+}
+
+/// A server of the keys is stopped with its prepare on the way, and its stand-by does all that is to do. The prepare arrives
+/// while the decision still stands in the log: whoever met what it left would commit it once more, over newer values.
+async fn a_prepare_that_another_server_of_the_keys_sends_late_is_refused(clients: Arc<dyn Clients>) {
+    let group = "late-server";
+    let Bank { coord: log, all, left, .. } = bank(&clients, group).await;
+    let host = coord(&clients).await;
+    let hosted = host.transactions_with(group, quick()).expect("a good name");
+    let keys = hosted.enlist_keys("shelf", &host).expect("enlisted");
+    let served = Arc::new(Served { keys: keys.clone(), asked: Mutex::default() });
+    let serving = hosted.serve("shelf", served.clone()).expect("a good name");
+    serving.ready().await.expect("it serves");
+
+    let go = Arc::new(Notify::new());
+    let hook_go = go.clone();
+    let options = quick().on_step(move |_, step| {
+        let go = hook_go.clone();
+        Box::pin(async move {
+            if step == Step::Forget {
+                go.notified().await;
+            }
+        })
+    });
+    let slow = log.transactions_with(group, options).expect("a good name");
+    let first = slow.begin().remote("shelf", KeyWork::new().put("k", "first")).commit().await.expect("an outcome");
+    assert!(first.is_committed(), "{first:?}");
+    let second = all.begin().branch("left", KeyWork::new().put("k", "second")).commit().await.expect("an outcome");
+    assert!(second.is_committed(), "{second:?}");
+
+    let branch = served.asked.lock().expect("no poison").pop().expect("it was asked");
+    let vote = keys.prepare(&branch).await.expect("a vote");
+    assert_eq!(value(&left, "k").await.as_deref(), Some("second"), "a transaction was committed twice");
+    assert!(matches!(vote, Vote::No(_)), "{vote:?}");
+    go.notify_one();
+    until_clean(&log, group, &["shelf"]).await;
 }
 
 const ACCOUNTS: usize = 4;
