@@ -1,0 +1,5 @@
+//! PostgreSQL as a participant, on a real server.
+
+mod contract;
+mod faults;
+mod support;
