@@ -2,7 +2,6 @@
 
 use std::{sync::Arc, time::Duration};
 
-use crate::support::{Add, World, branch, over, url, world};
 use quorate_core::{
     Coordinator, ErrorKind, SessionOptions,
     commit::{Branch, Decision, Finish, Participant, RecoverOptions, TxId, Vote},
@@ -10,6 +9,8 @@ use quorate_core::{
 use quorate_memory::Memory;
 use quorate_postgres::Postgres;
 use quorate_testkit::servers::{Postgres as Launcher, PostgresOptions};
+
+use crate::support::{Add, World, branch, over, url, world};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_branch_takes_effect_with_its_outcome_and_once() {
@@ -79,15 +80,25 @@ async fn what_was_prepared_survives_the_death_of_the_server() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_rolled_back_by_hand_is_told() {
+async fn what_was_ended_by_hand_is_told_if_it_ended_otherwise() {
     let world = world().await;
-    let branch = branch("-30");
-    assert_eq!(world.ledger.prepare(&branch).await.expect("a vote"), Vote::Yes);
-    let gid: String =
-        world.client().await.query_one("SELECT gid FROM pg_prepared_xacts", &[]).await.expect("one").get(0);
-    world.sql(&format!("ROLLBACK PREPARED '{gid}'")).await;
-    let finish = world.ledger.commit(&branch).await.expect("an answer");
+    let by_hand = async |verb: &str| {
+        let branch = branch("-30");
+        assert_eq!(world.ledger.prepare(&branch).await.expect("a vote"), Vote::Yes);
+        let found = world.client().await.query_one("SELECT gid FROM pg_prepared_xacts", &[]).await;
+        let gid: String = found.expect("one").get(0);
+        world.sql(&format!("{verb} PREPARED '{gid}'")).await;
+        branch
+    };
+    let finish = world.ledger.commit(&by_hand("ROLLBACK").await).await.expect("an answer");
     assert!(matches!(&finish, Finish::Diverged(what) if what.contains("by hand")), "{finish:?}");
+    let finish = world.ledger.abort(&by_hand("COMMIT").await).await.expect("an answer");
+    assert!(matches!(&finish, Finish::Diverged(what) if what.contains("committed")), "{finish:?}");
+    assert_eq!(world.ledger.commit(&by_hand("COMMIT").await).await.expect("confirmed"), Finish::Done);
+    assert_eq!(world.ledger.abort(&by_hand("ROLLBACK").await).await.expect("confirmed"), Finish::Done);
+    let finish = world.ledger.commit(&branch("-30")).await.expect("an answer");
+    assert!(matches!(&finish, Finish::Diverged(what) if what.contains("never prepared")), "{finish:?}");
+    assert_eq!(world.balance().await, 40);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,15 +1,7 @@
-//! What goes wrong around a branch, and what still holds: work that misbehaves, sessions that stand still, messages that
-//! meet.
+//! Work that misbehaves, sessions that stand still, settings that do not suit: what still holds.
 
-use std::{
-    future::{Future, poll_fn},
-    pin::pin,
-    sync::Arc,
-    task::Poll,
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
-use crate::support::{Add, Script, TAKE, branch, diverged, over, url, world, world_with};
 use quorate_core::{
     ErrorKind,
     commit::{Branch, Finish, Participant, Vote},
@@ -17,6 +9,8 @@ use quorate_core::{
 use quorate_postgres::{Postgres, Work, async_trait, tokio_postgres};
 use tokio::time::{sleep, timeout};
 use tokio_postgres::Client;
+
+use crate::support::{Add, Script, TAKE, branch, diverged, over, url, world, world_with};
 
 const SOON: Duration = Duration::from_secs(4);
 
@@ -225,113 +219,13 @@ async fn a_url_that_demands_encryption_is_refused_where_there_is_none() {
     assert!(down.contains("refused"), "it says why: {down}");
 }
 
-/// Polls up to so many times and drops it.
-async fn polls<F: Future>(work: F, count: usize) -> Option<F::Output> {
-    let (mut work, mut left) = (pin!(work), count);
-    poll_fn(|cx| {
-        if left == 0 {
-            return Poll::Ready(None);
-        }
-        left -= 1;
-        match work.as_mut().poll(cx) {
-            Poll::Ready(output) => Poll::Ready(Some(output)),
-            Poll::Pending if left == 0 => Poll::Ready(None),
-            Poll::Pending => Poll::Pending,
-        }
-    })
-    .await
-}
-
 #[tokio::test(flavor = "multi_thread")]
-async fn a_dropped_prepare_can_be_aborted_and_holds_up_nobody() {
-    let world = world().await;
-    for count in 1..60 {
-        let branch = branch("-1");
-        let vote = polls(world.ledger.prepare(&branch), count).await;
-        assert_eq!(world.ledger.abort(&branch).await.expect("confirmed"), Finish::Done, "after {count} polls");
-        over(&world.ledger.prepare(&branch).await.expect("a vote"));
-        if vote.is_some() {
-            assert!(count > 3, "it was never dropped half-way");
-            assert_eq!((world.balance().await, world.prepared().await), (100, 0));
-            return;
-        }
-    }
-    panic!("it never ended");
-}
-
-/// Asks until there is an answer.
-async fn told<F: Future<Output = quorate_core::Result<Finish>>>(ask: impl Fn() -> F) -> Finish {
-    let answered = async {
-        loop {
-            match ask().await {
-                Ok(finish) => return finish,
-                Err(error) => assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}"),
-            }
-            sleep(Duration::from_millis(5)).await;
-        }
-    };
-    timeout(Duration::from_secs(30), answered).await.expect("an answer at last")
-}
-
-fn a_moment() -> Duration {
-    Duration::from_micros(rand::random_range(0..4000))
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn an_abort_that_meets_a_prepare_wins_or_follows_it() {
-    let world = world().await;
-    let other = world.another(Arc::new(Add));
-    let (mut before, mut after) = (0, 0);
-    for _ in 0..250 {
-        let branch = branch("-1");
-        let (ledger, late) = (world.ledger.clone(), branch.clone());
-        let preparing = tokio::spawn(async move {
-            sleep(a_moment()).await;
-            ledger.prepare(&late).await
-        });
-        // From two processes, as a driver and a recoverer do.
-        let abort = async |ledger: &Postgres| {
-            sleep(a_moment()).await;
-            told(|| ledger.abort(&branch)).await
-        };
-        let finishes = tokio::join!(abort(&world.ledger), abort(&other));
-        assert_eq!(finishes, (Finish::Done, Finish::Done));
-        match preparing.await.expect("no panic") {
-            // It was there first, and was rolled back; or it found the door closed.
-            Ok(Vote::Yes) => after += 1,
-            Ok(_) => before += 1,
-            Err(error) => assert!(matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Ambiguous), "{error}"),
-        }
-        over(&world.ledger.prepare(&branch).await.expect("a vote"));
-        assert_eq!((world.balance().await, world.prepared().await), (100, 0));
-    }
-    assert!(before > 0 && after > 0, "they never met: {before}, {after}");
-    assert_eq!(world.number("SELECT count(*) FROM quorate_barrier WHERE state = 'aborted'").await, 250);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn messages_that_come_twice_at_once_do_the_work_once() {
-    let world = world().await;
-    let other = world.another(Arc::new(Add));
-    for round in 1..=60 {
-        let branch = branch("-1");
-        let prepare = async |ledger: &Postgres| {
-            sleep(a_moment()).await;
-            loop {
-                match ledger.prepare(&branch).await {
-                    Ok(vote) => return vote,
-                    Err(error) => assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}"),
-                }
-            }
-        };
-        let votes = tokio::join!(prepare(&world.ledger), prepare(&other));
-        assert_eq!(votes, (Vote::Yes, Vote::Yes));
-        let commit = async |ledger: &Postgres| {
-            sleep(a_moment()).await;
-            told(|| ledger.commit(&branch)).await
-        };
-        let finishes = tokio::join!(commit(&world.ledger), commit(&other));
-        assert_eq!(finishes, (Finish::Done, Finish::Done));
-        assert_eq!((world.balance().await, world.prepared().await), (100 - round, 0));
-    }
+async fn a_panic_of_the_work_leaves_nothing() {
+    let world = world_with(Arc::new(Script)).await;
+    let branch = branch(&format!("{TAKE}\npanic"));
+    let (ledger, told) = (world.ledger.clone(), branch.clone());
+    assert!(tokio::spawn(async move { ledger.prepare(&told).await }).await.expect_err("no vote").is_panic());
+    let finish = timeout(SOON, world.ledger.abort(&branch)).await.expect("it is not held up").expect("confirmed");
+    assert_eq!(finish, Finish::Done);
+    assert_eq!((world.balance().await, world.prepared().await), (100, 0));
 }

@@ -23,7 +23,7 @@ impl Work for Add {
     }
 }
 
-/// Runs the statements in its body, one a line. What stands behind a `?` may fail unnoticed; at `hang` it stands still.
+/// Runs the statements in its body, one a line. What stands behind a `?` may fail unnoticed; at `hang` it stands still, at `panic` it panics.
 #[derive(Debug)]
 pub(crate) struct Script;
 
@@ -34,6 +34,7 @@ impl Work for Script {
             match line.strip_prefix('?') {
                 Some(sql) => drop(db.batch_execute(sql).await),
                 None if line == "hang" => std::future::pending().await,
+                None if line == "panic" => panic!("as it was told"),
                 None => db.batch_execute(line).await?,
             }
         }
