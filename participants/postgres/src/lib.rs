@@ -122,7 +122,26 @@ const PATIENCE: usize = 5;
 const LOOKS: usize = 100;
 
 impl Postgres {
-    /// A participant over a pool of connections, which brings TLS and limits with it.
+    /// A participant over a pool of connections, which brings TLS and limits with it:
+    ///
+    /// ```no_run
+    /// # use std::{sync::Arc, time::Duration};
+    /// # use quorate_postgres::{Postgres, Work};
+    /// use quorate_postgres::{deadpool_postgres::{Manager, Pool, Runtime}, tokio_postgres};
+    /// use tokio_postgres_rustls::MakeRustlsConnect;
+    ///
+    /// # fn show(work: Arc<dyn Work>, tls: rustls::ClientConfig) -> Result<(), Box<dyn std::error::Error>> {
+    /// let config: tokio_postgres::Config = "postgresql://app@db.internal/bank?sslmode=require".parse()?;
+    /// let limit = Some(Duration::from_secs(5));
+    /// let pool = Pool::builder(Manager::new(config, MakeRustlsConnect::new(tls)))
+    ///     .max_size(8)
+    ///     .runtime(Runtime::Tokio1)
+    ///     .wait_timeout(limit)
+    ///     .create_timeout(limit)
+    ///     .build()?;
+    /// let ledger = Postgres::new("ledger", pool, work);
+    /// # Ok(()) }
+    /// ```
     ///
     /// `name` is the name under which it is enlisted. A quarter of the connections, at least one, is kept for outcomes; so
     /// the pool should have two or more.

@@ -103,7 +103,9 @@ async fn what_was_ended_by_hand_is_told_if_it_ended_otherwise() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_cannot_prepare_says_what_to_set() {
-    let server = Launcher::start(PostgresOptions { prepared: 0 }).await.expect("PostgreSQL starts");
+    let server = Launcher::start(PostgresOptions { prepared: 0, ..PostgresOptions::default() })
+        .await
+        .expect("PostgreSQL starts");
     let ledger = Postgres::connect("ledger", &url(&server), Arc::new(Add)).expect("a URL");
     let missing = ledger.prepare(&branch("1")).await.expect_err("there is no table");
     assert!(missing.to_string().contains("Postgres::install"), "{missing}");
