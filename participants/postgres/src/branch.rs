@@ -11,7 +11,7 @@ use quorate_core::{
 use tokio_postgres::{Client, SimpleQueryMessage, error::SqlState};
 
 use crate::{
-    LOCK_MS, LOOK_MS, Work,
+    LOOK_MS, PATIENCE, Work,
     error::{NAME, is_contention, is_fatal, refusal, told, unsure},
 };
 
@@ -78,33 +78,35 @@ enum Entered {
 }
 
 async fn enter(db: &Client, gid: &Gid, branch: &Branch) -> Result<Entered> {
-    let (name, session) = (gid.as_str(), session_name(branch));
-    // A branch that stands prepared is looked for in the same statement: its row would make the insert wait in vain.
     let begin = format!(
-        "BEGIN; SET LOCAL lock_timeout = {LOCK_MS}; SET LOCAL application_name = '{session}'; \
-         INSERT INTO quorate_barrier (gid, state) SELECT '{name}', 'prepared' WHERE NOT EXISTS (\
-         SELECT 1 FROM pg_prepared_xacts WHERE gid = '{name}' AND database = current_database()) \
-         ON CONFLICT DO NOTHING RETURNING txid_current(); SET LOCAL lock_timeout = DEFAULT"
+        "BEGIN; SET LOCAL lock_timeout = {LOOK_MS}; SET LOCAL application_name = '{}'; \
+         INSERT INTO quorate_barrier (gid, state) VALUES ('{}', 'prepared') \
+         ON CONFLICT DO NOTHING RETURNING txid_current(); SET LOCAL lock_timeout = DEFAULT",
+        session_name(branch),
+        gid.as_str()
     );
     let lost = |e: tokio_postgres::Error| told("prepare", branch, &e);
-    let busy = match db.simple_query(&begin).await {
-        Ok(answer) => match first(&answer) {
-            Some(transaction) => return Ok(Entered::Begun(transaction)),
-            None => false,
-        },
-        // Somebody else is preparing the same branch, or has written its row since the statement began.
-        Err(error) if error.code().is_some_and(is_contention) => true,
-        Err(error) => return Err(lost(error)),
-    };
-    db.batch_execute("ROLLBACK").await.map_err(lost)?;
-    match is_prepared(db, gid).await.map_err(lost)? {
-        true => Ok(Entered::Prepared),
-        false if busy => {
-            let message = "the same branch is being prepared or ended by somebody else";
-            Err(Error::new(ErrorKind::Unavailable, "prepare", message).key(branch).on(NAME))
+    for _ in 0..PATIENCE {
+        let entered = match db.simple_query(&begin).await {
+            Ok(answer) => Some(first(&answer)),
+            // The row is written by a transaction that stands prepared, or by somebody who is at work on the same branch.
+            Err(error) if error.code().is_some_and(is_contention) => None,
+            Err(error) => return Err(lost(error)),
+        };
+        if let Some(Some(transaction)) = entered {
+            return Ok(Entered::Begun(transaction));
         }
-        false => Ok(Entered::Over),
+        db.batch_execute("ROLLBACK").await.map_err(lost)?;
+        if entered.is_some() {
+            return Ok(Entered::Over);
+        }
+        // Not looked for before: this is what a call costs that comes again, and not what every call costs.
+        if is_prepared(db, gid).await.map_err(lost)? {
+            return Ok(Entered::Prepared);
+        }
     }
+    let message = "the same branch is being prepared or ended by somebody else";
+    Err(Error::new(ErrorKind::Unavailable, "prepare", message).key(branch).on(NAME))
 }
 
 /// Why a transaction in which the work has voted yes must not be prepared. In one that has failed, or was ended, `PREPARE

@@ -21,6 +21,8 @@ async fn a_branch_takes_effect_with_its_outcome_and_once() {
         assert_eq!(ledger.prepare(&kept).await.expect("a vote"), Vote::Yes, "the same answer again");
     }
     assert_eq!(world.balance().await, 100, "nothing is seen before the outcome");
+    let named = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'quorate:%'";
+    assert_eq!(world.number(named).await, 0, "a session is called after a branch only while it prepares it");
     assert_eq!(ledger.in_doubt("bank").await.expect("a list"), [kept.id]);
     assert_eq!(ledger.in_doubt("ban").await.expect("a list"), [], "another group");
     for _ in 0..2 {
