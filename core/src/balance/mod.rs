@@ -27,7 +27,10 @@
 //! }
 //! # }
 //! ```
+//!
+//! [`Balancer::call`] does the same, with limits, and tries other instances when one fails.
 
+mod call;
 mod choose;
 mod eject;
 mod hashed;
@@ -46,12 +49,14 @@ use std::{
 use arc_swap::ArcSwap;
 use tokio::time::Instant;
 
+pub use call::{Attempt, CallError, CallPolicy, Cause, Ended, Verdict};
 pub use choose::Strategy;
 pub use eject::Ejection;
 pub use load::PeakEwma;
 pub use pick::Pick;
 
 use crate::discovery::{Instance, Service};
+use member::State;
 use roster::{Roster, View};
 
 /// Spreads requests over the instances of a service. Cheap to clone; all clones are one balancer.
@@ -197,13 +202,13 @@ impl Balancer {
 
     /// Picks an instance; `None` if none may be picked now.
     pub fn pick(&self) -> Option<Pick> {
-        self.inner.pick(None)
+        self.inner.pick(None, &[])
     }
 
     /// Picks the instance that the key belongs to, where the strategy goes by keys: the same one for the same key for
     /// as long as the instances are the same. The other strategies pick as if there were no key.
     pub fn pick_for(&self, key: &[u8]) -> Option<Pick> {
-        self.inner.pick(Some(key))
+        self.inner.pick(Some(key), &[])
     }
 
     /// What is known of each instance, in the order of services and ids: those that are not passing and those that
@@ -219,7 +224,8 @@ impl Inner {
         self.roster.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn pick(&self, key: Option<&[u8]>) -> Option<Pick> {
+    /// Nobody of those who have been tried.
+    fn pick(&self, key: Option<&[u8]>, tried: &[Arc<State>]) -> Option<Pick> {
         let started = Instant::now();
         let now = self.settings.nanos(started);
         let mut view = self.view.load();
@@ -230,7 +236,12 @@ impl Inner {
             }
             view = self.view.load();
         }
-        let place = view.chooser.choose(&view.members, key, now)?;
+        let place = if tried.is_empty() {
+            view.chooser.choose(&view.members, key, now)?
+        } else {
+            let open = |place: usize| !tried.iter().any(|state| Arc::ptr_eq(state, &view.members[place].state));
+            view.chooser.choose_open(&view.members, &open, key, now)?
+        };
         Some(Pick::new(Arc::clone(&view.members[place]), started))
     }
 
