@@ -21,8 +21,8 @@
 //! ```
 //!
 //! # Features
-//! One per backend: `memory` (default), `etcd`, `redis`, `consul`, `zookeeper`; `full` for all. The form of the
-//! URL and its options are in [`config`].
+//! One per backend: `memory` (default), `etcd`, `redis`, `consul`, `zookeeper`; `tower` hands the instances of a service
+//! to tower's balancers, and so to tonic; `full` for all. The form of the URL and its options are in [`config`].
 
 use std::{sync::Arc, time::Duration};
 
@@ -37,6 +37,8 @@ pub use quorate_consul as consul;
 pub use quorate_etcd as etcd;
 #[cfg(feature = "redis")]
 pub use quorate_redis as redis;
+#[cfg(feature = "tower")]
+pub use quorate_tower as tower;
 #[cfg(feature = "zookeeper")]
 pub use quorate_zookeeper as zookeeper;
 

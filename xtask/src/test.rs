@@ -60,8 +60,9 @@ fn shared_tests(binaries: &[Binary]) -> Outcome {
         }
     }
     must("doc tests", &mut cargo(&["test", "--quiet", "--workspace", "--doc"]))?;
-    for example in ["tour", "transfer"] {
-        must(&format!("example {example}"), &mut cargo(&["run", "--quiet", "--example", example]))?;
+    for (package, example) in [("quorate", "tour"), ("quorate", "transfer"), ("quorate-tower", "grpc")] {
+        let run = ["run", "--quiet", "-p", package, "--example", example];
+        must(&format!("example {example}"), &mut cargo(&run))?;
     }
     Ok(())
 }
