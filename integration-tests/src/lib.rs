@@ -5,6 +5,7 @@
 //! passes because it did not run. The cases about the contract itself are in `quorate-conformance`.
 
 pub mod actor;
+pub mod gray;
 pub mod heartbeats;
 pub mod outage;
 pub mod process;
@@ -23,7 +24,7 @@ use site::Site;
 pub struct SiteCase {
     /// The promise, in snake_case.
     pub name: &'static str,
-    /// `process`, `heartbeat` or `outage`.
+    /// `process`, `heartbeat`, `gray`, `outage` or `registry`.
     pub group: &'static str,
     /// The test. It panics if the promise is broken.
     pub run: fn(Arc<Site>) -> BoxFuture<'static, Outcome>,
