@@ -5,7 +5,7 @@ use std::{
     future::pending,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -191,7 +191,7 @@ async fn without_limits_a_call_waits_as_long_as_it_takes() {
 
 #[tokio::test(start_paused = true)]
 async fn what_hangs_is_given_up_tried_elsewhere_and_ejected() {
-    for strategy in [Strategy::RoundRobin, Strategy::Random, Strategy::Weighted, Strategy::LeastRequests] {
+    for strategy in every_strategy() {
         let balancer = Balancer::builder(strategy.clone()).eject(Ejection { after: 3, ..Ejection::default() }).build();
         set(&balancer, ["hangs", "works", "works-too"]);
         let policy = CallPolicy { attempt_limit: 100 * MILLI, ..tries(2) };
@@ -207,7 +207,10 @@ async fn what_hangs_is_given_up_tried_elsewhere_and_ejected() {
             };
             assert_eq!(balancer.call(&policy, elsewhere, send).await, Ok(()), "{strategy:?}: another one answers");
         }
-        assert_eq!(hung.load(Ordering::Relaxed), 3, "{strategy:?}: out after three in a row");
+        let hung = hung.into_inner();
+        assert!(hung <= 3, "{strategy:?}: {hung}, out after three in a row");
+        // Two choices avoid it from the first failure on, and what is settled may be settled elsewhere.
+        assert!(hung == 3 || matches!(strategy, Strategy::PeakEwma(_) | Strategy::Sticky), "{strategy:?}: {hung}");
         assert!(started.elapsed() <= 310 * MILLI, "{strategy:?}: {:?}", started.elapsed());
         assert_eq!(in_flight(&balancer), 0, "{strategy:?}");
     }
@@ -295,6 +298,37 @@ async fn who_comes_during_a_call_is_tried_and_who_goes_is_not() {
     };
     let error = balancer.call(&tries(9), elsewhere, send).await.expect_err("nobody is left");
     assert_eq!((error.ended, error.attempts.len()), (Ended::NoInstance, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_budget_bounds_what_is_sent_again_and_is_earned_by_calls() {
+    let balancer = Balancer::builder(Strategy::RoundRobin).retry_budget(20).build();
+    set(&balancer, ["a", "b", "c"]);
+    let (sent, broken) = (AtomicU32::new(0), AtomicBool::new(true));
+    let send = async |_| {
+        sent.fetch_add(1, Ordering::Relaxed);
+        if broken.load(Ordering::Relaxed) { Err("overloaded".to_owned()) } else { Ok(()) }
+    };
+    let mut out_of_budget = 0;
+    for _ in 0..1_000 {
+        let error = balancer.call(&tries(3), elsewhere, send).await.expect_err("all fail");
+        assert!(matches!(error.ended, Ended::Attempts | Ended::Budget), "{error}");
+        out_of_budget += u32::from(error.ended == Ended::Budget);
+    }
+    assert_eq!(sent.swap(0, Ordering::Relaxed), 1_000 + 10 + 200, "ten to begin with, and 20 of each hundred");
+    assert!(out_of_budget > 800, "{out_of_budget}");
+    // What good times have earned is soon used up.
+    broken.store(false, Ordering::Relaxed);
+    for _ in 0..10_000 {
+        assert_eq!(balancer.call(&tries(3), elsewhere, send).await, Ok(()));
+    }
+    broken.store(true, Ordering::Relaxed);
+    sent.store(0, Ordering::Relaxed);
+    for _ in 0..100 {
+        let _ = balancer.call(&tries(3), elsewhere, send).await;
+    }
+    let repeats = sent.into_inner() - 100;
+    assert!((119..=120).contains(&repeats), "{repeats}");
 }
 
 #[tokio::test]

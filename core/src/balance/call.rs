@@ -4,7 +4,16 @@
 //! and none is on its way when the call has returned; nothing is sent twice unless the caller said that it may be. A
 //! failed call tells of every attempt, in their order.
 
-use std::{error::Error as StdError, fmt, future::Future, sync::Arc, time::Duration};
+use std::{
+    error::Error as StdError,
+    fmt,
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use tokio::time::{Instant, sleep, timeout};
@@ -95,6 +104,8 @@ pub enum Ended {
     Limit,
     /// The last attempt was judged to be the last.
     Judged,
+    /// Too many calls had to be sent again lately: see [`Builder::retry_budget`](super::Builder::retry_budget).
+    Budget,
 }
 
 /// A call without a result: why it ended, and every attempt.
@@ -196,6 +207,7 @@ impl Balancer {
         F: Future<Output = Result<T, E>>,
     {
         let started = Instant::now();
+        self.inner.budget.iter().for_each(Budget::earn);
         let (mut attempts, mut round) = (Vec::new(), Round::default());
         // What one attempt has if nothing else has taken of the call's time.
         let allowed = policy.attempt_limit.min(policy.limit);
@@ -232,6 +244,9 @@ impl Balancer {
             }
             if attempts.len() >= policy.attempts.max(1) as usize {
                 break Ended::Attempts;
+            }
+            if !self.inner.budget.as_ref().is_none_or(Budget::take) {
+                break Ended::Budget;
             }
         };
         Err(CallError { ended, attempts })
@@ -274,6 +289,34 @@ impl Balancer {
     }
 }
 
+/// What calls may be sent again, in hundredths of an attempt: each call earns its share, each repeat costs one.
+#[derive(Debug)]
+pub(super) struct Budget {
+    share: u32,
+    saved: AtomicU32,
+}
+
+impl Budget {
+    const ONE: u32 = 100;
+    /// For clients that have only begun, or seldom call.
+    const FIRST: u32 = 10 * Self::ONE;
+    /// What can be saved, so that good times do not pay for a storm.
+    const MOST: u32 = 100 * Self::ONE;
+
+    pub(super) fn new(percent: u32) -> Self {
+        Self { share: percent.min(Self::MOST), saved: AtomicU32::new(Self::FIRST) }
+    }
+
+    fn earn(&self) {
+        let more = |saved: u32| (saved < Self::MOST).then(|| (saved + self.share).min(Self::MOST));
+        let _ = self.saved.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+    }
+
+    fn take(&self) -> bool {
+        self.saved.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |saved| saved.checked_sub(Self::ONE)).is_ok()
+    }
+}
+
 /// Who has been tried since the call began, or since all had been.
 #[derive(Default)]
 struct Round {
@@ -293,6 +336,7 @@ impl<E: fmt::Display> fmt::Display for CallError<E> {
             Ended::Attempts => "all attempts failed",
             Ended::Limit => "the limit of the call is over",
             Ended::Judged => "the request failed and is not sent again",
+            Ended::Budget => "the request failed, and too many are sent again already",
         })?;
         for (place, attempt) in self.attempts.iter().take(SHOWN).enumerate() {
             f.write_str(if place == 0 { ": " } else { "; " })?;

@@ -56,6 +56,7 @@ pub use load::PeakEwma;
 pub use pick::Pick;
 
 use crate::discovery::{Instance, Service};
+use call::Budget;
 use member::State;
 use roster::{Roster, View};
 
@@ -71,6 +72,7 @@ pub struct Builder {
     strategy: Strategy,
     zone: Option<Zone>,
     ejection: Option<Ejection>,
+    retry_percent: Option<u32>,
 }
 
 /// What a balancer knows of an instance.
@@ -95,6 +97,7 @@ struct Inner {
     settings: Arc<Settings>,
     /// The task that hands over a service's instances. It knows the balancer by a weak reference only.
     following: Mutex<Option<Following>>,
+    budget: Option<Budget>,
 }
 
 /// Ends the task with the value.
@@ -149,13 +152,23 @@ impl Builder {
         self
     }
 
+    /// Lets a hundred calls be sent again so many times altogether, so that clients do not multiply the load on a service
+    /// that fails because of it. Ten repeats are free to begin with; a hundred can be saved up. Without it, each
+    /// [`call`](Balancer::call) repeats as its policy says. 20 is usual.
+    #[must_use]
+    pub fn retry_budget(mut self, percent: u32) -> Self {
+        self.retry_percent = Some(percent);
+        self
+    }
+
     /// The balancer, without an instance yet.
     pub fn build(self) -> Balancer {
-        let Self { strategy, zone, ejection } = self;
+        let Self { strategy, zone, ejection, retry_percent } = self;
         let settings = Arc::new(Settings { strategy, zone, ejection, epoch: Instant::now() });
         let roster = Mutex::default();
         let following = Mutex::default();
-        Balancer { inner: Arc::new(Inner { view: ArcSwap::default(), roster, settings, following }) }
+        let budget = retry_percent.map(Budget::new);
+        Balancer { inner: Arc::new(Inner { view: ArcSwap::default(), roster, settings, following, budget }) }
     }
 }
 
@@ -167,7 +180,7 @@ impl Balancer {
 
     /// To say more than the strategy.
     pub fn builder(strategy: Strategy) -> Builder {
-        Builder { strategy, zone: None, ejection: None }
+        Builder { strategy, zone: None, ejection: None, retry_percent: None }
     }
 
     /// Says which instances there are now, in any order. Of several with the same service and id the last counts.
