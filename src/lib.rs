@@ -22,8 +22,8 @@
 //!
 //! # Features
 //! One per backend: `memory` (default), `etcd`, `redis`, `consul`, `zookeeper`. `postgres` for databases as participants of
-//! [atomic commit](commit). `full` for all. The form of the
-//! URL and its options are in [`config`].
+//! [atomic commit](commit); `tower` hands the instances of a service to tower's balancers, and so to tonic; `full` for all.
+//! The form of the URL and its options are in [`config`].
 
 use std::{sync::Arc, time::Duration};
 
@@ -40,6 +40,8 @@ pub use quorate_etcd as etcd;
 pub use quorate_postgres as postgres;
 #[cfg(feature = "redis")]
 pub use quorate_redis as redis;
+#[cfg(feature = "tower")]
+pub use quorate_tower as tower;
 #[cfg(feature = "zookeeper")]
 pub use quorate_zookeeper as zookeeper;
 

@@ -7,6 +7,7 @@
 pub mod actor;
 pub mod bank;
 pub mod commit;
+pub mod gray;
 pub mod heartbeats;
 pub mod outage;
 pub mod process;
@@ -25,7 +26,7 @@ use site::Site;
 pub struct SiteCase {
     /// The promise, in snake_case.
     pub name: &'static str,
-    /// `process`, `heartbeat`, `commit`, `outage`, and others whose cases have a server of their own.
+    /// `process`, `heartbeat`, `commit`, `gray`, `outage`, and others whose cases have a server of their own.
     pub group: &'static str,
     /// The test. It panics if the promise is broken.
     pub run: fn(Arc<Site>) -> BoxFuture<'static, Outcome>,
