@@ -21,8 +21,8 @@
 //! ```
 //!
 //! # Features
-//! One per backend: `memory` (default), `etcd`, `redis`, `consul`, `zookeeper`; `full` for all. The form of the
-//! URL and its options are in [`config`].
+//! One per backend: `memory` (default), `etcd`, `redis`, `consul`, `zookeeper`; `grpc` for participants in other
+//! services; `full` for all. The form of the URL and its options are in [`config`].
 
 use std::{sync::Arc, time::Duration};
 
@@ -35,6 +35,8 @@ pub use quorate_memory as memory;
 pub use quorate_consul as consul;
 #[cfg(feature = "etcd")]
 pub use quorate_etcd as etcd;
+#[cfg(feature = "grpc")]
+pub use quorate_grpc as grpc;
 #[cfg(feature = "redis")]
 pub use quorate_redis as redis;
 #[cfg(feature = "zookeeper")]

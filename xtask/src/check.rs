@@ -3,7 +3,7 @@
 use crate::run::{self, Outcome, cargo, has, headline, must};
 
 /// What is built for each feature alone, beside all together and none.
-const FEATURES: [&str; 5] = ["memory", "etcd", "redis", "consul", "zookeeper"];
+const FEATURES: [&str; 6] = ["memory", "etcd", "redis", "consul", "zookeeper", "grpc"];
 
 pub(crate) fn check() -> Outcome {
     run::install(false)?;
@@ -35,7 +35,8 @@ pub(crate) fn check() -> Outcome {
 fn light_default() -> Outcome {
     headline("the default features build without protoc, OpenSSL and Java");
     let tree = tree(&["-p", "quorate", "-e", "normal,build"])?;
-    let heavy = ["etcd-client", "prost-build", "openssl-sys", "aws-lc-sys", "zookeeper-client", "redis", "hyper"];
+    let heavy =
+        ["etcd-client", "prost-build", "openssl-sys", "aws-lc-sys", "zookeeper-client", "redis", "hyper", "tonic"];
     match heavy.iter().find(|name| tree.lines().any(|line| line.split(' ').next() == Some(**name))) {
         Some(name) => Err(format!("the default features pull in {name}")),
         None => Ok(()),
