@@ -21,6 +21,7 @@ pub(crate) fn test(args: &TestArgs) -> Outcome {
             let shared = ["-p", "quorate-core", "-p", "quorate-conformance", "-p", "quorate-testkit", "-p", "xtask"];
             // Not --all-targets, which builds the examples as tests: some tests run them as programs.
             must("unit and doc tests of what all backends share", cargo(&["test"]).args(shared))?;
+            must("participants over gRPC, on real servers", &mut cargo(&["test", "-p", "quorate-grpc"]))?;
             must("the facade's unit and doc tests, and its examples", &mut cargo(&["test", "-p", "quorate"]))?;
         }
         for backend in &backends {
