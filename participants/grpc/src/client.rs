@@ -123,7 +123,15 @@ impl GrpcParticipant {
         // Whom to leave out, and who has had a second chance.
         let (mut tried, mut renewed) = (HashSet::new(), HashSet::new());
         let mut last: Option<Failure> = None;
-        while let Some(peer) = self.peers.next(verb, &tried)? {
+        while let Some(peer) = self.peers.next(verb, &tried) {
+            let peer = match peer {
+                Ok(peer) => peer,
+                Err((id, failure)) => {
+                    tried.insert(id);
+                    last = Some(failure);
+                    continue;
+                }
+            };
             let mut request = Request::new(message.clone());
             self.options.fill(request.metadata_mut());
             request.set_timeout(until.saturating_duration_since(Instant::now()) + MARGIN);

@@ -11,14 +11,13 @@ use std::{
 };
 
 use quorate_core::{
-    Error, ErrorKind, Result,
     balance::{Balancer, Ejection, Pick, Strategy},
     discovery::{Health, Instance, Instances, Service},
 };
 use tokio::time::Instant;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{self, Channel, Endpoint};
 
-use crate::{BACKEND, message::Verb, options::GrpcOptions};
+use crate::{message::Verb, options::GrpcOptions, status::Failure};
 
 /// After how long without an answer a call that is given up speaks against the connection.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -73,22 +72,26 @@ impl Peers {
         }
     }
 
-    /// The next to be asked by a call that has tried these; `None` if there is nobody else.
-    ///
-    /// # Errors
-    /// `InvalidInput` if the instance's address is none.
-    pub(crate) fn next(&self, verb: Verb, tried: &HashSet<String>) -> Result<Option<Peer<'_>>> {
+    /// The next to be asked by a call that has tried these; `None` if there is nobody else. What an instance says of itself
+    /// may be of no use: then its id, and why.
+    pub(crate) fn next(&self, verb: Verb, tried: &HashSet<String>) -> Option<Result<Peer<'_>, (String, Failure)>> {
         match self {
-            Self::Fixed(fixed) if tried.is_empty() => {
+            Self::Fixed(fixed) => tried.is_empty().then(|| {
                 let channel = lock(&fixed.channel).get_or_insert_with(|| fixed.endpoint.connect_lazy()).clone();
-                Ok(Some(Peer::new(self, fixed.name.clone(), fixed.name.clone(), channel, None)))
-            }
-            Self::Fixed(_) => Ok(None),
+                Ok(Peer::new(self, fixed.name.clone(), fixed.name.clone(), channel, None))
+            }),
             Self::Found(found) => {
-                let Some((instance, pick)) = found.next(verb, tried) else { return Ok(None) };
-                let channel = found.channel(&instance)?;
+                let (instance, pick) = found.next(verb, tried)?;
                 let shown = format!("{} at {}", instance.id, instance.endpoint());
-                Ok(Some(Peer::new(self, instance.id.clone(), shown, channel, pick)))
+                Some(match found.channel(&instance) {
+                    Ok(channel) => Ok(Peer::new(self, instance.id.clone(), shown, channel, pick)),
+                    Err(error) => {
+                        if let Some(pick) = pick {
+                            pick.failure();
+                        }
+                        Err((instance.id.clone(), Failure::unsent(&format!("{shown}: no usable address: {error}"))))
+                    }
+                })
             }
         }
     }
@@ -147,16 +150,13 @@ impl Found {
         next.map(|instance| (instance.clone(), None))
     }
 
-    fn channel(&self, instance: &Arc<Instance>) -> Result<Channel> {
+    fn channel(&self, instance: &Arc<Instance>) -> Result<Channel, transport::Error> {
         let mut channels = lock(&self.channels);
         let known = channels.get(&instance.id).filter(|(made_for, _)| same_place(made_for, instance));
         if let Some((_, channel)) = known {
             return Ok(channel.clone());
         }
-        let endpoint = self.options.make(instance).map_err(|error| {
-            let message = format!("{instance} has no usable address: {error}");
-            Error::new(ErrorKind::InvalidInput, "connect", message).on(BACKEND)
-        })?;
+        let endpoint = self.options.make(instance)?;
         let channel = endpoint.connect_lazy();
         channels.insert(instance.id.clone(), (instance.clone(), channel.clone()));
         self.sweep(&mut channels, &self.service.now());

@@ -38,6 +38,13 @@ pub(crate) struct Failure {
     pub(crate) said: bool,
 }
 
+impl Failure {
+    /// Nothing left this process.
+    pub(crate) fn unsent(message: &str) -> Self {
+        Self { kind: ErrorKind::Unavailable, message: plain(message), unseen: true, stale: false, said: false }
+    }
+}
+
 /// The status in which a participant's error travels.
 pub(crate) fn of_error(error: &Error) -> Status {
     said(error.kind(), &error.to_string())

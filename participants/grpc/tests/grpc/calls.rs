@@ -28,7 +28,7 @@ use tonic::{
 };
 use tonic_prost::ProstCodec;
 
-use crate::support::{Book, Process, SOON, eventually, fails};
+use crate::support::{Book, Process, SOON, Space, eventually, fails, listed};
 
 fn branch(body: impl Into<bytes::Bytes>) -> Branch {
     Branch::new("g", TxId::random(), "ledger", body)
@@ -315,14 +315,14 @@ async fn tls_goes_by_the_endpoint_and_a_certificate_that_is_not_trusted_is_not_s
         .expect("good material");
     let book = Book::new();
     let process = Process::run(anywhere(), { server }.add_service(ParticipantServer::new(book.clone()))).await;
-    let with = |authority: &TlsFiles| {
+    let tls = |authority: &TlsFiles| {
         let identity = Identity::from_pem(read(files.client_cert()), read(files.client_key()));
-        let tls = ClientTlsConfig::new()
-            .ca_certificate(Certificate::from_pem(read(authority.ca())))
-            .identity(identity)
-            .domain_name("localhost");
+        let authority = Certificate::from_pem(read(authority.ca()));
+        ClientTlsConfig::new().ca_certificate(authority).identity(identity).domain_name("localhost")
+    };
+    let with = |authority: &TlsFiles| {
         let endpoint = Endpoint::from_shared(format!("https://{}", process.addr)).expect("a URI");
-        let endpoint = endpoint.tls_config(tls).expect("good material");
+        let endpoint = endpoint.tls_config(tls(authority)).expect("good material");
         GrpcParticipant::connect_to(endpoint, GrpcOptions::default()).expect("good options")
     };
     assert_eq!(with(&files).prepare(&branch("x")).await.expect("an answer"), Vote::Yes);
@@ -330,4 +330,15 @@ async fn tls_goes_by_the_endpoint_and_a_certificate_that_is_not_trusted_is_not_s
     let refused = timeout(SOON, with(&other).prepare(&branch("x"))).await.expect("in time");
     fails(refused, ErrorKind::Unavailable, &["certificate"]);
     assert_eq!(book.calls().len(), 1);
+
+    // The same where it is found.
+    let space = Space::memory();
+    let coord = space.coord().await;
+    let _registration = listed(&coord, process.addr, "ledger-1", "eu-1").await;
+    let trusted = tls(&files);
+    let options = GrpcOptions::default().endpoint(move |instance| {
+        Endpoint::from_shared(format!("https://{}", instance.endpoint()))?.tls_config(trusted.clone())
+    });
+    let service = GrpcParticipant::discover_with(&coord, "ledger-service", options).await.expect("followed");
+    assert_eq!(service.prepare(&branch("x")).await.expect("an answer"), Vote::Yes);
 }

@@ -4,14 +4,14 @@ use std::{sync::Arc, time::Duration};
 
 use quorate::{
     ErrorKind,
-    commit::{Branch, Decision, Participant, Step, TxId, Vote},
+    commit::{Branch, Decision, Participant, Step, TransactionsOptions, TxId, Vote},
     grpc::{GrpcOptions, GrpcParticipant},
 };
 use quorate_testkit::proxy::{Direction, FaultProxy};
 use tokio::time::{Instant, timeout};
 use tonic::transport::Endpoint;
 
-use crate::support::{Book, Process, SOON, Space, State, ended, fails, listed, quick};
+use crate::support::{Book, Process, SOON, Space, State, ended, eventually, fails, listed, quick};
 
 /// Which call's answer gets lost.
 #[derive(Debug, Clone, Copy)]
@@ -67,7 +67,7 @@ async fn answer_lost(lost: Lost) {
         Lost::Abort => {
             assert_eq!(outcome.decision, Decision::Abort);
             ended(outcome.id, State::Aborted, &[&ledger]).await;
-            crate::support::eventually("told again", async || ledger.count("abort", outcome.id) == 2).await;
+            eventually("told again", async || ledger.count("abort", outcome.id) == 2).await;
         }
     }
 }
@@ -147,4 +147,79 @@ async fn a_prepare_that_travelled_slowly_is_refused_after_its_abort() {
     let vote = timeout(SOON, late).await.expect("in time").expect("no panic").expect("an answer");
     assert_eq!(vote, Vote::No("it is over".to_owned()));
     assert_eq!((book.state(branch.id), book.breaches()), (Some(State::Aborted), vec![]));
+}
+
+/// Two instances of one resource behind proxies that break, and drivers that go on.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_mixed_while_connections_break_all_the_time() {
+    const DRIVERS: usize = 4;
+    const FOR: Duration = Duration::from_secs(4);
+    let space = Space::memory();
+    let (local, ledger) = (Book::new(), Book::new());
+    let registrar = space.coord().await;
+    let (mut processes, mut proxies, mut registrations) = (Vec::new(), Vec::new(), Vec::new());
+    for id in ["ledger-1", "ledger-2"] {
+        let process = Process::serve(ledger.clone()).await;
+        let proxy = FaultProxy::start(process.addr).await.expect("a port");
+        registrations.push(listed(&registrar, proxy.addr(), id, "eu-1").await);
+        processes.push(process);
+        proxies.push(proxy);
+    }
+    let breaking = async {
+        for round in 0_u32.. {
+            let proxy = &proxies[usize::from(round % 2 == 0)];
+            match round % 3 {
+                0 => proxy.cut_after_forward_of("the-body", 2),
+                1 => proxy.hold(if round % 2 == 0 { Direction::ToServer } else { Direction::ToClient }),
+                _ => proxy.delay(Direction::ToClient, Duration::from_millis(40)),
+            }
+            // Every other hold outlasts the limit of a call.
+            tokio::time::sleep(Duration::from_millis(if round % 12 == 1 { 600 } else { 60 })).await;
+            proxy.heal().await;
+        }
+    };
+    let mut drivers = tokio::task::JoinSet::new();
+    let mut coords = Vec::new();
+    for _ in 0..DRIVERS {
+        let coord = space.coord().await;
+        let options = TransactionsOptions::default().within(Duration::from_millis(800));
+        let all = coord.transactions_with("payments", options).expect("a good name");
+        all.enlist("local", local.clone()).expect("enlisted");
+        let options = GrpcOptions::default().timeout(Duration::from_millis(400));
+        let service = GrpcParticipant::discover_with(&coord, "ledger-service", options).await.expect("followed");
+        all.enlist("ledger", Arc::new(service)).expect("enlisted");
+        coords.push(coord);
+        drivers.spawn(async move {
+            let mut outcomes = Vec::new();
+            let started = Instant::now();
+            while started.elapsed() < FOR {
+                let outcome = all.begin().branch("local", "1").branch("ledger", "the-body").commit().await;
+                let outcome = outcome.expect("the coordinator is well");
+                outcomes.push((outcome.id, if outcome.is_committed() { State::Committed } else { State::Aborted }));
+            }
+            outcomes
+        });
+    }
+    let driven = async { drivers.join_all().await.into_iter().flatten().collect::<Vec<_>>() };
+    let outcomes = tokio::select! {
+        outcomes = timeout(Duration::from_secs(60), driven) => outcomes.expect("in time"),
+        () = breaking => unreachable!("it breaks for ever"),
+    };
+    for proxy in &proxies {
+        proxy.heal().await;
+    }
+    for (id, end) in &outcomes {
+        let sides = || [local.state(*id), ledger.state(*id)];
+        eventually("nobody is in doubt", async || !sides().contains(&Some(State::Prepared))).await;
+        match end {
+            State::Committed => assert_eq!(sides(), [Some(State::Committed); 2], "{id}"),
+            _ => assert!(!sides().contains(&Some(State::Committed)), "{id}: {:?}", sides()),
+        }
+    }
+    assert_eq!((local.breaches(), ledger.breaches()), (vec![], vec![]));
+    let lost: u64 = proxies.iter().map(|proxy| proxy.counters().answers_lost).sum();
+    let committed = outcomes.iter().filter(|(_, end)| *end == State::Committed).count();
+    println!("{committed} of {} committed, {lost} answers lost", outcomes.len());
+    assert!(lost >= 5, "the faults have bitten");
+    assert!(committed * 10 >= outcomes.len() * 3, "too little succeeded to show anything: {committed}");
 }
