@@ -129,6 +129,33 @@ async fn a_call_that_is_dropped_is_dropped_at_the_server() {
     assert_eq!(remote.in_doubt("g").await.expect("the connection serves on"), []);
 }
 
+/// The server takes one stream at a time, so most requests are still here when it dies.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_never_left_is_unavailable_and_one_that_did_is_ambiguous() {
+    const CALLS: usize = 8;
+    let hangs = Arc::new(Hangs::default());
+    let router = Server::builder().max_concurrent_streams(1).add_service(ParticipantServer::new(hangs.clone()));
+    let mut process = Process::run(anywhere(), router).await;
+    let remote = GrpcParticipant::connect_to(endpoint(&process), GrpcOptions::default()).expect("good options");
+    let remote = Arc::new(remote);
+    assert_eq!(remote.in_doubt("g").await.expect("now the limit is known"), []);
+    let mut calls = tokio::task::JoinSet::new();
+    for _ in 0..CALLS {
+        let remote = remote.clone();
+        calls.spawn(async move { remote.prepare(&branch("x")).await });
+    }
+    eventually("one is there", async || hangs.begun.load(Ordering::Acquire) == 1).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    process.kill();
+    let kinds: Vec<_> = calls.join_all().await.into_iter().map(|r| r.expect_err("it died").kind()).collect();
+    let count = |kind| kinds.iter().filter(|k| **k == kind).count();
+    assert_eq!(hangs.begun.load(Ordering::Acquire), 1);
+    let (unavailable, ambiguous) = (count(ErrorKind::Unavailable), count(ErrorKind::Ambiguous));
+    assert_eq!(unavailable + ambiguous, CALLS, "{kinds:?}");
+    assert!(ambiguous >= 1, "the one that was there: {kinds:?}");
+    assert!(unavailable >= CALLS / 2, "those that were not: {kinds:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_at_the_address_is_unavailable_and_somebody_else_is_told() {
     let mut process = Process::serve(Book::new()).await;
