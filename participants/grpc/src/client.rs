@@ -21,6 +21,8 @@ use crate::{
     status::{Failure, judge, plain},
 };
 
+/// Longer limits are no limits.
+const A_DAY: Duration = Duration::from_secs(86_400);
 /// By how much the server's time limit is longer than ours, which knows more to say, and which takes the call back.
 const MARGIN: Duration = Duration::from_millis(500);
 
@@ -105,7 +107,7 @@ impl GrpcParticipant {
         Q: prost::Message + Clone + 'static,
         R: prost::Message + Default + 'static,
     {
-        let until = Instant::now() + self.options.timeout;
+        let until = Instant::now() + self.options.timeout.min(A_DAY);
         let answer = timeout_at(until, self.attempts(verb, message, until)).await;
         answer
             .unwrap_or_else(|_| {

@@ -21,7 +21,7 @@ type Fill = dyn Fn(&mut MetadataMap) + Send + Sync;
 #[non_exhaustive]
 pub struct GrpcOptions {
     /// How long a call may take, with every instance that is tried; the server is told, too (`grpc-timeout`). 10 seconds
-    /// by default. The limit of the transaction counts beside it.
+    /// by default, a day at most. The limit of the transaction counts beside it.
     pub timeout: Duration,
     /// The largest body of a branch, in bytes; 4 MiB by default. The server has a limit of its own, and the coordinator's
     /// store, where the transaction is written down, usually a lower one.

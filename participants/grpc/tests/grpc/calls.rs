@@ -48,6 +48,9 @@ async fn a_body_at_the_limit_passes_and_one_above_it_is_refused_before_it_is_sen
     let process = Process::serve(book.clone()).await;
     let remote = GrpcParticipant::connect_to(endpoint(&process), GrpcOptions::default()).expect("good options");
     assert_eq!(remote.prepare(&branch(vec![7; 4 << 20])).await.expect("an answer"), Vote::Yes);
+    let endless = GrpcOptions::default().timeout(Duration::MAX);
+    let patient = GrpcParticipant::connect_to(endpoint(&process), endless).expect("good options");
+    assert_eq!(patient.in_doubt("g").await.expect("an answer").len(), 1);
     let large = branch(vec![7; (4 << 20) + 1]);
     fails(remote.prepare(&large).await, ErrorKind::InvalidInput, &["4194305 bytes", "4194304"]);
     fails(remote.commit(&large).await, ErrorKind::InvalidInput, &["4194305 bytes"]);
