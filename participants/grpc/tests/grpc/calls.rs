@@ -132,7 +132,7 @@ async fn a_call_that_is_dropped_is_dropped_at_the_server() {
     assert_eq!(remote.in_doubt("g").await.expect("the connection serves on"), []);
 }
 
-/// The server takes one stream at a time, so most requests are still here when it dies.
+/// The server takes one stream at a time, so most requests are still here when it stops.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_never_left_is_unavailable_and_one_that_did_is_ambiguous() {
     const CALLS: usize = 8;
@@ -149,14 +149,21 @@ async fn a_request_that_never_left_is_unavailable_and_one_that_did_is_ambiguous(
     }
     eventually("one is there", async || hangs.begun.load(Ordering::Acquire) == 1).await;
     tokio::time::sleep(Duration::from_millis(200)).await;
-    process.kill();
-    let kinds: Vec<_> = calls.join_all().await.into_iter().map(|r| r.expect_err("it died").kind()).collect();
-    let count = |kind| kinds.iter().filter(|k| **k == kind).count();
+    // It closes its port first, so that nobody is let in once more; the one that is there goes on, until it is killed.
+    let _served = process.stop();
+    let mut kinds = Vec::new();
+    for left in (0..CALLS).rev() {
+        let call = timeout(SOON, calls.join_next()).await.expect("in time").expect("there are more").expect("no panic");
+        kinds.push(call.expect_err("it has stopped").kind());
+        if left == 2 {
+            process.kill();
+        }
+    }
     assert_eq!(hangs.begun.load(Ordering::Acquire), 1);
+    let count = |kind| kinds.iter().filter(|k| **k == kind).count();
+    // Beside the one that is there, hyper holds one that waits for its turn, and of that one it does not tell.
     let (unavailable, ambiguous) = (count(ErrorKind::Unavailable), count(ErrorKind::Ambiguous));
-    assert_eq!(unavailable + ambiguous, CALLS, "{kinds:?}");
-    assert!(ambiguous >= 1, "the one that was there: {kinds:?}");
-    assert!(unavailable >= CALLS / 2, "those that were not: {kinds:?}");
+    assert!(unavailable >= CALLS - 2 && ambiguous >= 1 && unavailable + ambiguous == CALLS, "{kinds:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -125,7 +125,7 @@ impl Participant for Book {
     }
 }
 
-type Served = JoinHandle<Result<(), tonic::transport::Error>>;
+pub(crate) type Served = JoinHandle<Result<(), tonic::transport::Error>>;
 
 /// What others see of a process: a server on a port, with a runtime of its own that can end at any moment.
 pub(crate) struct Process {
@@ -189,11 +189,16 @@ impl Process {
         }
     }
 
-    /// As a good process does when it is told to: it finishes what it has, and takes nothing new.
-    pub(crate) async fn finish(&mut self) {
+    /// It takes nothing new from now on, and finishes what it has.
+    pub(crate) fn stop(&mut self) -> Served {
         let (stop, served) = self.graceful.take().expect("it serves");
         stop.send(()).expect("it listens");
-        timeout(SOON, served).await.expect("in time").expect("no panic").expect("it ends well");
+        served
+    }
+
+    /// As a good process does when it is told to end.
+    pub(crate) async fn finish(&mut self) {
+        timeout(SOON, self.stop()).await.expect("in time").expect("no panic").expect("it ends well");
     }
 
     /// Takes its registration back.
