@@ -21,9 +21,9 @@
 //! ```
 //!
 //! # Features
-//! One per backend: `memory` (default), `etcd`, `redis`, `consul`, `zookeeper`. `postgres` for databases as participants of
-//! [atomic commit](commit); `tower` hands the instances of a service to tower's balancers, and so to tonic; `full` for all.
-//! The form of the URL and its options are in [`config`].
+//! One per backend: `memory` (default), `etcd`, `redis`, `consul`, `zookeeper`. `grpc` for participants of [atomic
+//! commit](commit) in other services, `postgres` for databases as such; `tower` hands the instances of a service to tower's
+//! balancers, and so to tonic; `full` for all. The form of the URL and its options are in [`config`].
 
 use std::{sync::Arc, time::Duration};
 
@@ -36,6 +36,8 @@ pub use quorate_memory as memory;
 pub use quorate_consul as consul;
 #[cfg(feature = "etcd")]
 pub use quorate_etcd as etcd;
+#[cfg(feature = "grpc")]
+pub use quorate_grpc as grpc;
 #[cfg(feature = "postgres")]
 pub use quorate_postgres as postgres;
 #[cfg(feature = "redis")]

@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::run::{self, Outcome, cargo, has, headline, must};
 
 /// What is built for each feature alone, beside all together and none.
-const FEATURES: [&str; 7] = ["memory", "etcd", "redis", "consul", "zookeeper", "postgres", "tower"];
+const FEATURES: [&str; 8] = ["memory", "etcd", "redis", "consul", "zookeeper", "grpc", "postgres", "tower"];
 
 pub(crate) fn check() -> Outcome {
     run::install(false)?;
@@ -46,6 +46,7 @@ fn light_default() -> Outcome {
         "redis",
         "hyper",
         "tokio-postgres",
+        "tonic",
         "tower",
     ];
     match heavy.iter().find(|name| tree.lines().any(|line| line.split(' ').next() == Some(**name))) {
