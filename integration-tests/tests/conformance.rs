@@ -14,7 +14,7 @@ use std::{
 use libtest_mimic::{Arguments, Failed, Trial};
 use quorate_conformance::{Case, Outcome, limit, recipe_cases, run_case, waist_cases};
 use quorate_integration_tests::{
-    SiteCase, actor, commit, gray, heartbeats, outage, process, registry,
+    SiteCase, actor, commit, gray, heartbeats, leaders, outage, process, registry,
     site::{BACKENDS, Site, SiteClients},
 };
 use tokio::runtime::{Handle, Runtime};
@@ -92,11 +92,11 @@ fn site_cases(runtime: &Runtime, results: &Results, backend: &'static str, start
     let external = !memory && start.as_ref().is_ok_and(|site| !site.is_ours());
     let outages = match memory || external {
         true => Vec::new(),
-        false => [outage::cases(), registry::cases(), commit::restarts::cases()].concat(),
+        false => [outage::cases(), registry::cases(), commit::restarts::cases(), leaders::outage::cases()].concat(),
     };
     let processes = match memory {
         true => Vec::new(),
-        false => [process::cases(), heartbeats::cases(), commit::kills::cases()].concat(),
+        false => [process::cases(), heartbeats::cases(), leaders::cases(), commit::kills::cases()].concat(),
     };
     let ways = if external { Vec::new() } else { gray::cases() };
     let shared = [processes, ways].concat();
