@@ -21,9 +21,9 @@
 //! ```
 //!
 //! # Features
-//! One per backend: `memory` (default), `etcd`, `redis`, `consul`, `zookeeper`. `postgres` for databases as participants of
-//! [atomic commit](commit). `full` for all. The form of the
-//! URL and its options are in [`config`].
+//! One per backend: `memory` (default), `etcd`, `redis`, `consul`, `zookeeper`. `grpc` for participants of [atomic
+//! commit](commit) in other services, `postgres` for databases as such; `tower` hands the instances of a service to tower's
+//! balancers, and so to tonic; `full` for all. The form of the URL and its options are in [`config`].
 
 use std::{sync::Arc, time::Duration};
 
@@ -36,10 +36,14 @@ pub use quorate_memory as memory;
 pub use quorate_consul as consul;
 #[cfg(feature = "etcd")]
 pub use quorate_etcd as etcd;
+#[cfg(feature = "grpc")]
+pub use quorate_grpc as grpc;
 #[cfg(feature = "postgres")]
 pub use quorate_postgres as postgres;
 #[cfg(feature = "redis")]
 pub use quorate_redis as redis;
+#[cfg(feature = "tower")]
+pub use quorate_tower as tower;
 #[cfg(feature = "zookeeper")]
 pub use quorate_zookeeper as zookeeper;
 

@@ -7,7 +7,9 @@
 pub mod actor;
 pub mod bank;
 pub mod commit;
+pub mod gray;
 pub mod heartbeats;
+pub mod leaders;
 pub mod outage;
 pub mod process;
 pub mod registry;
@@ -25,7 +27,7 @@ use site::Site;
 pub struct SiteCase {
     /// The promise, in snake_case.
     pub name: &'static str,
-    /// `process`, `heartbeat`, `commit`, `outage`, and others whose cases have a server of their own.
+    /// `process`, `heartbeat`, `leaders`, `commit`, `gray`, `outage`, and others whose cases have a server of their own.
     pub group: &'static str,
     /// The test. It panics if the promise is broken.
     pub run: fn(Arc<Site>) -> BoxFuture<'static, Outcome>,

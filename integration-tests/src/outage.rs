@@ -184,7 +184,8 @@ async fn a_dead_endpoint_among_several_is_avoided(site: Arc<Site>) {
     }
 }
 
-async fn proxied(site: &Site, config: &Config) -> (FaultProxy, Config) {
+/// A proxy before the server, and the options to go through it.
+pub(crate) async fn proxied(site: &Site, config: &Config) -> (FaultProxy, Config) {
     let upstream = config.endpoints[0].parse().expect("the launcher gives addresses");
     let proxy = FaultProxy::start(upstream).await.expect("a free port");
     let mut through = config.clone();

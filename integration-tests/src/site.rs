@@ -37,7 +37,10 @@ impl Site {
                 let persistence = servers::Persistence::Always;
                 servers::Redis::start(servers::RedisOptions { persistence, ..Default::default() }).await
             }
-            "consul" => servers::Consul::start(servers::ConsulOptions::default()).await,
+            "consul" => {
+                // For all processes of all cases, which have one address.
+                servers::Consul::start(servers::ConsulOptions { connections: 2000, ..Default::default() }).await
+            }
             "zookeeper" => servers::ZooKeeper::start(servers::ZooKeeperOptions::default()).await,
             other => return Err(format!("{other} is not a backend")),
         };

@@ -14,7 +14,7 @@ use std::{
 use libtest_mimic::{Arguments, Failed, Trial};
 use quorate_conformance::{Case, Outcome, limit, recipe_cases, run_case, waist_cases};
 use quorate_integration_tests::{
-    SiteCase, actor, commit, heartbeats, outage, process, registry,
+    SiteCase, actor, commit, gray, heartbeats, leaders, outage, process, registry,
     site::{BACKENDS, Site, SiteClients},
 };
 use tokio::runtime::{Handle, Runtime};
@@ -85,16 +85,21 @@ fn contract(runtime: &Runtime, results: &Results, backend: &'static str, start: 
         .collect()
 }
 
-/// Cases that break processes or servers: not on memory, which has neither, and those that break a
-/// server not on one that is somebody else's.
+/// Cases that break processes, servers or the way to them: on memory, which has neither processes nor servers, only
+/// those that break the way, and those that break a server not on one that is somebody else's.
 fn site_cases(runtime: &Runtime, results: &Results, backend: &'static str, start: &Start) -> Vec<Trial> {
-    if backend == "memory" {
-        return Vec::new();
-    }
-    let external = start.as_ref().is_ok_and(|site| !site.is_ours());
-    let outages =
-        if external { Vec::new() } else { [outage::cases(), registry::cases(), commit::restarts::cases()].concat() };
-    let shared = [process::cases(), heartbeats::cases(), commit::kills::cases()].concat();
+    let memory = backend == "memory";
+    let external = !memory && start.as_ref().is_ok_and(|site| !site.is_ours());
+    let outages = match memory || external {
+        true => Vec::new(),
+        false => [outage::cases(), registry::cases(), commit::restarts::cases(), leaders::outage::cases()].concat(),
+    };
+    let processes = match memory {
+        true => Vec::new(),
+        false => [process::cases(), heartbeats::cases(), leaders::cases(), commit::kills::cases()].concat(),
+    };
+    let ways = if external { Vec::new() } else { gray::cases() };
+    let shared = [processes, ways].concat();
     let cases = shared.into_iter().map(|c| (c, false)).chain(outages.into_iter().map(|c| (c, true)));
     cases
         .map(|(case, own_server): (SiteCase, bool)| {

@@ -12,12 +12,13 @@ use serde_json::Value;
 
 use crate::run::{Outcome, cargo, headline, status};
 
-/// One test program.
+/// One test program, or an example.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Binary {
     pub(crate) package: String,
-    /// `lib`, or the name of an integration test.
+    /// `unit tests`, or the name of an integration test or of an example.
     pub(crate) target: String,
+    pub(crate) is_example: bool,
     executable: PathBuf,
     folder: PathBuf,
 }
@@ -37,7 +38,7 @@ impl Binary {
     }
 }
 
-/// Builds every test program of the workspace.
+/// Builds every test program of the workspace, and every example.
 pub(crate) fn build() -> Outcome<Vec<Binary>> {
     headline("build of all tests");
     // Not --all-targets, which builds the examples as tests: some tests run them as programs.
@@ -55,14 +56,19 @@ pub(crate) fn build() -> Outcome<Vec<Binary>> {
 fn binary(line: &str) -> Option<Binary> {
     let message: Value = serde_json::from_str(line).ok()?;
     let executable = message["executable"].as_str()?;
-    if message["profile"]["test"] != true {
+    let is = |kinds: &[&str]| {
+        let kind = message["target"]["kind"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        kind.into_iter().any(|kind| kinds.contains(&kind))
+    };
+    let (is_test, is_example) = (message["profile"]["test"] == true, is(&["example"]));
+    if is_test == is_example {
         return None;
     }
-    let lib = message["target"]["kind"].as_array()?.iter().any(|kind| kind == "lib" || kind == "bin");
-    let target = if lib { "unit tests" } else { message["target"]["name"].as_str()? };
+    let target = if is(&["lib", "bin"]) { "unit tests" } else { message["target"]["name"].as_str()? };
     Some(Binary {
         package: package(message["package_id"].as_str()?)?,
         target: target.to_owned(),
+        is_example,
         executable: executable.into(),
         folder: Path::new(message["manifest_path"].as_str()?).parent()?.into(),
     })
@@ -87,20 +93,21 @@ mod tests {
     }
 
     #[test]
-    fn only_test_programs_count() {
-        let line = |test: bool, executable: &str| {
+    fn only_test_programs_and_examples_count() {
+        let line = |kind: &str, test: bool, executable: &str| {
             format!(
                 r#"{{"reason":"compiler-artifact","package_id":"path+file:///a/core#quorate-core@0.1.0",
-                "manifest_path":"/a/core/Cargo.toml","target":{{"kind":["test"],"name":"hash"}},
+                "manifest_path":"/a/core/Cargo.toml","target":{{"kind":["{kind}"],"name":"hash"}},
                 "profile":{{"test":{test}}},"executable":{executable}}}"#
             )
             .replace('\n', "")
         };
-        let found = binary(&line(true, "\"/t/hash-1\"")).expect("a test program");
+        let found = binary(&line("test", true, "\"/t/hash-1\"")).expect("a test program");
         assert_eq!((found.package.as_str(), found.target.as_str()), ("quorate-core", "hash"));
         assert_eq!(found.folder, Path::new("/a/core"));
-        assert_eq!(binary(&line(true, "null")), None, "a library is none");
-        assert_eq!(binary(&line(false, "\"/t/tour\"")), None, "an example is none");
+        assert_eq!(binary(&line("lib", true, "null")), None, "a library is none");
+        assert!(binary(&line("example", false, "\"/t/tour\"")).is_some_and(|example| example.is_example));
+        assert_eq!(binary(&line("bin", false, "\"/t/xtask\"")), None, "a program is none");
         assert_eq!(binary("no json"), None);
     }
 }

@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::run::{self, Outcome, cargo, has, headline, must};
 
 /// What is built for each feature alone, beside all together and none.
-const FEATURES: [&str; 6] = ["memory", "etcd", "redis", "consul", "zookeeper", "postgres"];
+const FEATURES: [&str; 8] = ["memory", "etcd", "redis", "consul", "zookeeper", "grpc", "postgres", "tower"];
 
 pub(crate) fn check() -> Outcome {
     run::install(false)?;
@@ -46,6 +46,8 @@ fn light_default() -> Outcome {
         "redis",
         "hyper",
         "tokio-postgres",
+        "tonic",
+        "tower",
     ];
     match heavy.iter().find(|name| tree.lines().any(|line| line.split(' ').next() == Some(**name))) {
         Some(name) => Err(format!("the default features pull in {name}")),
@@ -71,7 +73,11 @@ fn msrv() -> Outcome {
 
 /// The packages that say they need a newer Rust. Those that are only for other platforms count as well.
 fn newer_than(packages: &[Value], promised: &str) -> Vec<String> {
-    let number = |text: &str| -> Vec<u32> { text.split('.').filter_map(|n| n.parse().ok()).collect() };
+    // 1.88 and 1.88.0 are the same.
+    let number = |text: &str| {
+        let mut parts = text.split('.').map(|part| part.parse::<u32>().unwrap_or_default());
+        [(); 3].map(|()| parts.next().unwrap_or_default())
+    };
     let asks = |package: &Value| package["rust_version"].as_str().is_some_and(|r| number(r) > number(promised));
     let named = |package: &Value| format!("{} {}", package["name"], package["version"]).replace('"', "");
     packages.iter().filter(|package| asks(package)).map(named).collect()
@@ -115,6 +121,7 @@ mod tests {
         let packages = serde_json::json!([
             {"name": "old", "version": "1.0.0", "rust_version": "1.70"},
             {"name": "same", "version": "1.0.0", "rust_version": "1.88"},
+            {"name": "same in full", "version": "1.0.0", "rust_version": "1.88.0"},
             {"name": "silent", "version": "1.0.0", "rust_version": null},
             {"name": "new", "version": "2.1.0", "rust_version": "1.88.1"},
             {"name": "newer", "version": "3.0.0", "rust_version": "1.100"},

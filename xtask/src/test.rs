@@ -27,13 +27,13 @@ pub(crate) fn test(args: &TestArgs) -> Outcome {
             own.insert(backend.name().to_owned(), own_tests(&binaries, &package(*backend))?);
         }
     }
-    let suite = find(&binaries)?;
+    let suite = find(&binaries, SUITE)?;
     let mut rows = conformance(suite, &backends, args.external.as_deref(), args.case.as_deref(), false)?;
     settle(suite, args, &backends, &mut rows)?;
     for (name, passed) in own {
         rows.entry(name).or_insert_with(Row::default).own = Some(passed);
     }
-    let bank = !everything || !args.backend.is_empty() || bank()?;
+    let bank = !everything || !args.backend.is_empty() || bank(&binaries)?;
     let names: Vec<_> = backends.iter().map(|b| b.name()).collect();
     if !table::print(&names, &rows) {
         return Err("not everything passed; see the table".to_owned());
@@ -42,10 +42,9 @@ pub(crate) fn test(args: &TestArgs) -> Outcome {
 }
 
 /// Transactions that span backends. Never run again: a wrong total is no accident.
-fn bank() -> Outcome<bool> {
+fn bank(binaries: &[Binary]) -> Outcome<bool> {
     headline("a bank over several backends, everybody killed at random");
-    let parts = ["test", "-p", "quorate-integration-tests", "--lib", "--test", "bank"];
-    Ok(status(&mut cargo(&parts))?.success())
+    find(binaries, BANK)?.passes(&[])
 }
 
 fn package(backend: Backend) -> String {
@@ -55,24 +54,27 @@ fn package(backend: Backend) -> String {
 /// The program with the cases that run on every backend.
 const SUITE: (&str, &str) = ("quorate-integration-tests", "conformance");
 
-fn find(binaries: &[Binary]) -> Outcome<&Binary> {
-    let suite = binaries.iter().find(|b| (b.package.as_str(), b.target.as_str()) == SUITE);
-    suite.ok_or_else(|| "the conformance suite was not built".to_owned())
+/// The program with the bank that spans backends.
+const BANK: (&str, &str) = ("quorate-integration-tests", "bank");
+
+fn find<'a>(binaries: &'a [Binary], which: (&str, &str)) -> Outcome<&'a Binary> {
+    let found = binaries.iter().find(|b| (b.package.as_str(), b.target.as_str()) == which);
+    found.ok_or_else(|| format!("{} of {} was not built", which.1, which.0))
 }
 
 /// What belongs to no backend, the documentation's examples of all, and the examples that need no server.
 fn shared_tests(binaries: &[Binary]) -> Outcome {
     headline("tests of what all backends share");
     let of_backends: Vec<_> = Backend::ALL.into_iter().map(package).collect();
-    for binary in binaries.iter().filter(|b| !of_backends.contains(&b.package)) {
-        let is_suite = (binary.package.as_str(), binary.target.as_str()) == SUITE;
-        if !is_suite && !binary.passes(&[])? {
+    let later = |binary: &Binary| [SUITE, BANK].contains(&(binary.package.as_str(), binary.target.as_str()));
+    for binary in binaries.iter().filter(|b| !b.is_example && !of_backends.contains(&b.package)) {
+        if !later(binary) && !binary.passes(&[])? {
             return Err(format!("tests of {} failed: {}", binary.package, binary.target));
         }
     }
     must("doc tests", &mut cargo(&["test", "--quiet", "--workspace", "--doc"]))?;
-    for example in ["tour", "transfer"] {
-        must(&format!("example {example}"), &mut cargo(&["run", "--quiet", "--example", example]))?;
+    for which in [("quorate", "tour"), ("quorate", "transfer"), ("quorate-tower", "grpc")] {
+        must(&format!("example {}", which.1), &mut find(binaries, which)?.command())?;
     }
     Ok(())
 }
@@ -81,7 +83,7 @@ fn shared_tests(binaries: &[Binary]) -> Outcome {
 /// tests one after another, and the table says so.
 fn own_tests(binaries: &[Binary], package: &str) -> Outcome<Own> {
     let mut own = Own::Passed;
-    for binary in binaries.iter().filter(|b| b.package == package) {
+    for binary in binaries.iter().filter(|b| !b.is_example && b.package == package) {
         if binary.passes(&[])? {
             continue;
         }

@@ -110,9 +110,10 @@ fn lost(call: Call, status: &Status) -> (Fault, Blame) {
     if causes(status).any(|cause| cause.is::<ConnectError>()) {
         return (Fault::new(ErrorKind::Unavailable, text), Blame::Endpoint);
     }
-    // With a cause of its own, this code is hyper's word that the request never left its queue. (tonic's own timeout
-    // has this code too; it is not used here.)
-    let kind = if status.code() == Code::Cancelled { ErrorKind::Unavailable } else { call.doubt() };
+    // The code `Cancelled` does not tell: a stream that the server has reset may have it, too.
+    let never_left_its_queue =
+        causes(status).any(|cause| cause.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled));
+    let kind = if never_left_its_queue { ErrorKind::Unavailable } else { call.doubt() };
     (Fault::new(kind, text), Blame::Connection)
 }
 
@@ -246,6 +247,10 @@ mod tests {
         assert_eq!((fault.kind, blame), (ErrorKind::Unavailable, Blame::Endpoint));
         let broken = Status::from_error(Box::new(std::io::Error::from(std::io::ErrorKind::BrokenPipe)));
         assert_eq!(judge(PUT, &etcd_client::Error::GRpcStatus(broken)).0.kind, ErrorKind::Ambiguous);
+        // A stream that the server resets with CANCEL has the same code as a request that never left.
+        let reset = Status::from_error(Box::new(h2::Error::from(h2::Reason::CANCEL)));
+        assert_eq!(reset.code(), Code::Cancelled);
+        assert_eq!(judge(PUT, &etcd_client::Error::GRpcStatus(reset)).0.kind, ErrorKind::Ambiguous);
     }
 
     #[test]

@@ -93,6 +93,22 @@ impl Strategy {
 pub(super) trait Chooser: fmt::Debug + Send + Sync {
     /// The place of a member, or `None` if there is none.
     fn choose(&self, members: &[Arc<Member>], key: Option<&[u8]>, now: u64) -> Option<usize>;
+
+    /// The same, out of those that are open; of a chooser that goes by what it is given and nothing else.
+    fn choose_open(&self, members: &[Arc<Member>], open: Open<'_>, key: Option<&[u8]>, now: u64) -> Option<usize> {
+        let places: Vec<_> = (0..members.len()).filter(|place| open(*place)).collect();
+        let members: Vec<_> = places.iter().map(|place| Arc::clone(&members[*place])).collect();
+        self.choose(&members, key, now).map(|place| places[place])
+    }
+}
+
+/// Says of a place whether it may be chosen.
+pub(super) type Open<'a> = &'a dyn Fn(usize) -> bool;
+
+/// Any that is open.
+pub(super) fn any(count: usize, open: Open<'_>) -> Option<usize> {
+    let places: Vec<_> = (0..count).filter(|place| open(*place)).collect();
+    (!places.is_empty()).then(|| places[rand::random_range(0..places.len())])
 }
 
 /// What the strategies keep from one view to the next.
@@ -127,6 +143,12 @@ impl Chooser for RoundRobin {
     fn choose(&self, members: &[Arc<Member>], _: Option<&[u8]>, _: u64) -> Option<usize> {
         self.0.fetch_add(1, Ordering::Relaxed).checked_rem(members.len())
     }
+
+    fn choose_open(&self, members: &[Arc<Member>], open: Open<'_>, key: Option<&[u8]>, now: u64) -> Option<usize> {
+        let mut turns = members.iter().filter_map(|_| self.choose(members, key, now));
+        // Others take turns meanwhile.
+        turns.find(|place| open(*place)).or_else(|| any(members.len(), open))
+    }
 }
 
 #[derive(Debug)]
@@ -157,5 +179,9 @@ impl Sticky {
 impl Chooser for Sticky {
     fn choose(&self, _: &[Arc<Member>], _: Option<&[u8]>, _: u64) -> Option<usize> {
         Some(self.0)
+    }
+
+    fn choose_open(&self, members: &[Arc<Member>], open: Open<'_>, _: Option<&[u8]>, _: u64) -> Option<usize> {
+        if open(self.0) { Some(self.0) } else { any(members.len(), open) }
     }
 }

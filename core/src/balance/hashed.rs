@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use super::{choose::Chooser, member::Member};
+use super::{
+    choose::{Chooser, Open},
+    member::Member,
+};
 use crate::hash::{Node, Partitioner as _, Ring, bound};
 
 /// A quarter of what a ring may have otherwise, so that `set` does not hold up its caller's thread for long. It keeps all
@@ -40,7 +43,11 @@ impl Hashed {
 }
 
 impl Chooser for Hashed {
-    fn choose(&self, members: &[Arc<Member>], key: Option<&[u8]>, _: u64) -> Option<usize> {
+    fn choose(&self, members: &[Arc<Member>], key: Option<&[u8]>, now: u64) -> Option<usize> {
+        self.choose_open(members, &|_| true, key, now)
+    }
+
+    fn choose_open(&self, members: &[Arc<Member>], open: Open<'_>, key: Option<&[u8]>, _: u64) -> Option<usize> {
         let random;
         let key = match key {
             Some(key) => key,
@@ -49,7 +56,7 @@ impl Chooser for Hashed {
                 &random
             }
         };
-        let mut walk = self.ring.walk(key).filter_map(|node| self.places[node]);
+        let mut walk = self.ring.walk(key).filter_map(|node| self.places[node]).filter(|place| open(*place));
         let home = walk.next()?;
         let Some(percent) = self.percent else { return Some(home) };
         // One request is within any bound, so that an idle home needs no sum over all.

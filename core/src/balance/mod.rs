@@ -27,7 +27,10 @@
 //! }
 //! # }
 //! ```
+//!
+//! [`Balancer::call`] does the same, with limits, and tries other instances when one fails.
 
+mod call;
 mod choose;
 mod eject;
 mod hashed;
@@ -46,12 +49,15 @@ use std::{
 use arc_swap::ArcSwap;
 use tokio::time::Instant;
 
+pub use call::{Attempt, CallError, CallPolicy, Cause, Ended, Verdict};
 pub use choose::Strategy;
 pub use eject::Ejection;
 pub use load::PeakEwma;
 pub use pick::Pick;
 
 use crate::discovery::{Instance, Service};
+use call::Budget;
+use member::State;
 use roster::{Roster, View};
 
 /// Spreads requests over the instances of a service. Cheap to clone; all clones are one balancer.
@@ -66,6 +72,7 @@ pub struct Builder {
     strategy: Strategy,
     zone: Option<Zone>,
     ejection: Option<Ejection>,
+    retry_percent: Option<u32>,
 }
 
 /// What a balancer knows of an instance.
@@ -90,6 +97,7 @@ struct Inner {
     settings: Arc<Settings>,
     /// The task that hands over a service's instances. It knows the balancer by a weak reference only.
     following: Mutex<Option<Following>>,
+    budget: Option<Budget>,
 }
 
 /// Ends the task with the value.
@@ -144,13 +152,23 @@ impl Builder {
         self
     }
 
+    /// Lets a hundred calls be sent again so many times altogether, so that clients do not multiply the load on a service
+    /// that fails because of it. Ten repeats are free to begin with; a hundred can be saved up. Without it, each
+    /// [`call`](Balancer::call) repeats as its policy says. 20 is usual.
+    #[must_use]
+    pub fn retry_budget(mut self, percent: u32) -> Self {
+        self.retry_percent = Some(percent);
+        self
+    }
+
     /// The balancer, without an instance yet.
     pub fn build(self) -> Balancer {
-        let Self { strategy, zone, ejection } = self;
+        let Self { strategy, zone, ejection, retry_percent } = self;
         let settings = Arc::new(Settings { strategy, zone, ejection, epoch: Instant::now() });
         let roster = Mutex::default();
         let following = Mutex::default();
-        Balancer { inner: Arc::new(Inner { view: ArcSwap::default(), roster, settings, following }) }
+        let budget = retry_percent.map(Budget::new);
+        Balancer { inner: Arc::new(Inner { view: ArcSwap::default(), roster, settings, following, budget }) }
     }
 }
 
@@ -162,7 +180,7 @@ impl Balancer {
 
     /// To say more than the strategy.
     pub fn builder(strategy: Strategy) -> Builder {
-        Builder { strategy, zone: None, ejection: None }
+        Builder { strategy, zone: None, ejection: None, retry_percent: None }
     }
 
     /// Says which instances there are now, in any order. Of several with the same service and id the last counts.
@@ -197,13 +215,13 @@ impl Balancer {
 
     /// Picks an instance; `None` if none may be picked now.
     pub fn pick(&self) -> Option<Pick> {
-        self.inner.pick(None)
+        self.inner.pick(None, &[])
     }
 
     /// Picks the instance that the key belongs to, where the strategy goes by keys: the same one for the same key for
     /// as long as the instances are the same. The other strategies pick as if there were no key.
     pub fn pick_for(&self, key: &[u8]) -> Option<Pick> {
-        self.inner.pick(Some(key))
+        self.inner.pick(Some(key), &[])
     }
 
     /// What is known of each instance, in the order of services and ids: those that are not passing and those that
@@ -219,7 +237,8 @@ impl Inner {
         self.roster.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn pick(&self, key: Option<&[u8]>) -> Option<Pick> {
+    /// Nobody of those who have been tried.
+    fn pick(&self, key: Option<&[u8]>, tried: &[Arc<State>]) -> Option<Pick> {
         let started = Instant::now();
         let now = self.settings.nanos(started);
         let mut view = self.view.load();
@@ -230,7 +249,12 @@ impl Inner {
             }
             view = self.view.load();
         }
-        let place = view.chooser.choose(&view.members, key, now)?;
+        let place = if tried.is_empty() {
+            view.chooser.choose(&view.members, key, now)?
+        } else {
+            let open = |place: usize| !tried.iter().any(|state| Arc::ptr_eq(state, &view.members[place].state));
+            view.chooser.choose_open(&view.members, &open, key, now)?
+        };
         Some(Pick::new(Arc::clone(&view.members[place]), started))
     }
 

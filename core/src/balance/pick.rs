@@ -4,14 +4,15 @@ use std::{fmt, ops::Deref, sync::Arc};
 
 use tokio::time::Instant;
 
-use super::member::Member;
+use super::member::{Member, State};
 use crate::discovery::Instance;
 
 /// One request on its way to an instance: in flight from the pick until this is reported or dropped.
 ///
 /// Report how it ended with [`success`](Self::success) or [`failure`](Self::failure); the latency is the time between
 /// the pick and the report. Dropped, it counts as neither: as a request that was never sent, or that the caller gave up
-/// for reasons of its own.
+/// for reasons of its own. So a request that ran into a limit must be reported as a failure, or an instance that hangs
+/// is never ejected; [`Balancer::call`](super::Balancer::call) sees to that.
 #[must_use = "dropping it ends the request without a report"]
 pub struct Pick {
     member: Arc<Member>,
@@ -22,6 +23,10 @@ impl Pick {
     pub(super) fn new(member: Arc<Member>, started: Instant) -> Self {
         member.state.begin();
         Self { member, started }
+    }
+
+    pub(super) fn state(&self) -> &Arc<State> {
+        &self.member.state
     }
 
     /// Where to send the request.

@@ -5,7 +5,10 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-use super::{choose::Chooser, member::Member};
+use super::{
+    choose::{Chooser, Open, any},
+    member::Member,
+};
 
 /// Longer cycles are shortened by halving the weights: 4 MiB.
 const MAX_CYCLE: u64 = 1 << 20;
@@ -122,6 +125,11 @@ pub(super) struct Weighted(Arc<Sequence>);
 impl Chooser for Weighted {
     fn choose(&self, _: &[Arc<Member>], _: Option<&[u8]>, _: u64) -> Option<usize> {
         Some(self.0.next())
+    }
+
+    fn choose_open(&self, members: &[Arc<Member>], open: Open<'_>, _: Option<&[u8]>, _: u64) -> Option<usize> {
+        let mut turns = (0..PIECE).map(|_| self.0.next());
+        turns.find(|place| open(*place)).or_else(|| any(members.len(), open))
     }
 }
 

@@ -5,6 +5,7 @@
 //! `observe GROUP SECONDS`, which watches for so long and answers with the peers that it was told dead, and
 //! `contend NAME TASKS TURNS REFEREE`, which takes the lock TURNS times from each of TASKS tasks and reports
 //! every entry and exit to the referee's address. In transactions, with a fate such as `decided 1 kill`:
+//! `campaign NAME VALUE`, `leads`, `lead-left`, `lead-write KEY VALUE`, `own NAME COUNT ID`, `owned`, `join GROUP ID`;
 //! `begin GROUP KEY KEY FATE`, `commit`, `recover GROUP FATE`, `serve GROUP NAME FATE`, `serves`.
 
 use std::{process::ExitCode, time::Duration};
@@ -13,7 +14,7 @@ use quorate::{
     Config, Coordinator, LockGuard, Result,
     heartbeat::{PeerEvent, Publisher},
 };
-use quorate_integration_tests::{commit::Acting, heartbeats};
+use quorate_integration_tests::{commit::Acting, heartbeats, leaders::Standing};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::TcpStream,
@@ -34,10 +35,15 @@ async fn main() -> ExitCode {
     let mut guard = None;
     let mut publisher = None;
     let mut acting = Acting::default();
+    let mut standing = Standing::default();
     let mut lines = BufReader::new(tokio::io::stdin()).lines();
     while let Some(line) = lines.next_line().await.expect("stdin is readable") {
         let words: Vec<_> = line.split(' ').collect();
-        let obeyed = match acting.obey(&coord, &words).await {
+        let asked = match standing.obey(&coord, &words).await {
+            Ok(None) => acting.obey(&coord, &words).await,
+            answer => answer,
+        };
+        let obeyed = match asked {
             Ok(None) => obey(&coord, &mut guard, &mut publisher, &words).await.map(Some),
             answer => answer,
         };

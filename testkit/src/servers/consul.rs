@@ -14,6 +14,8 @@ use crate::tls::TlsFiles;
 pub struct ConsulOptions {
     /// `session_ttl_min`: the shortest session that the server accepts.
     pub session_ttl_min: Duration,
+    /// `http_max_conns_per_client`: how many connections it takes from one address.
+    pub connections: u32,
     /// Turns access control on, denies by default, and gives this token all rights. Consul wants a UUID.
     pub token: Option<Secret>,
     /// Serves HTTPS on the client port and asks every client for its certificate.
@@ -21,9 +23,9 @@ pub struct ConsulOptions {
 }
 
 impl Default for ConsulOptions {
-    /// Consul's own default of 10 s for the shortest session, no access control, no TLS.
+    /// Consul's own defaults of 10 s for the shortest session and 200 connections, no access control, no TLS.
     fn default() -> Self {
-        Self { session_ttl_min: Duration::from_secs(10), token: None, tls: None }
+        Self { session_ttl_min: Duration::from_secs(10), connections: 200, token: None, tls: None }
     }
 }
 
@@ -101,6 +103,7 @@ impl Agent {
                 "serf_lan": self.serf.number(), "serf_wan": -1, "dns": -1, "grpc": -1,
             },
             "performance": { "raft_multiplier": 1 },
+            "limits": { "http_max_conns_per_client": options.connections },
             "session_ttl_min": format!("{}ms", options.session_ttl_min.as_millis()),
             "disable_update_check": true,
             "log_level": "warn",
