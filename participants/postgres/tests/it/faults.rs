@@ -141,18 +141,26 @@ async fn a_prepare_that_waits_for_a_lock_and_was_given_up_is_ended_by_its_abort(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_abort_is_kept_by_a_server_that_dies_although_it_confirms_commits_early() {
+async fn answers_are_kept_by_a_server_that_dies_although_it_confirms_commits_early() {
     let world = world().await;
     world.sql("ALTER ROLE quorate SET synchronous_commit = off").await;
     let ledger = world.another(Arc::new(Add));
-    for _ in 0..3 {
-        let branch = branch("-30");
-        assert_eq!(ledger.abort(&branch).await.expect("confirmed"), Finish::Done);
+    let die = async || {
         world.server.kill().await.expect("killed");
         world.server.restart().await.expect("up again");
-        over(&ledger.prepare(&branch).await.expect("a vote"));
+    };
+    for taken in 1..=3 {
+        let (aborted, committed) = (branch("-30"), branch("-1"));
+        assert_eq!(ledger.abort(&aborted).await.expect("confirmed"), Finish::Done);
+        die().await;
+        over(&ledger.prepare(&aborted).await.expect("a vote"));
+        assert_eq!(ledger.prepare(&committed).await.expect("a vote"), Vote::Yes);
+        die().await;
+        assert_eq!(ledger.commit(&committed).await.expect("confirmed"), Finish::Done);
+        die().await;
+        assert_eq!(ledger.commit(&committed).await.expect("confirmed"), Finish::Done);
+        assert_eq!((world.balance().await, world.prepared().await), (100 - taken, 0));
     }
-    assert_eq!((world.balance().await, world.prepared().await), (100, 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
