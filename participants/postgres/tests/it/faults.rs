@@ -228,6 +228,30 @@ async fn a_url_that_demands_encryption_is_refused_where_there_is_none() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_serializable_is_voted_down_where_the_connection_asks_for_it() {
+    let world = world_with(Arc::new(Script)).await;
+    world.sql("INSERT INTO account VALUES (2, 100)").await;
+    let url = format!("{}?options=-c%20default_transaction_isolation%3Dserializable", url(&world.server));
+    let ledger = Postgres::connect("ledger", &url, Arc::new(Script)).expect("a URL");
+    // Each reads both accounts and writes one: whichever is first, the other has read what it changes.
+    let skewed = |id: u8| {
+        let sum = "(SELECT sum(balance) FROM account)";
+        branch(&format!("UPDATE account SET balance = balance - 100 WHERE id = {id} AND {sum} >= 200"))
+    };
+    let (first, second) = (skewed(1), skewed(2));
+    assert_eq!(ledger.prepare(&first).await.expect("a vote"), Vote::Yes);
+    let Vote::No(why) = ledger.prepare(&second).await.expect("a vote") else { panic!("both were prepared") };
+    assert!(why.contains("40001"), "{why}");
+    assert_eq!(ledger.abort(&second).await.expect("confirmed"), Finish::Done);
+    assert_eq!(ledger.commit(&first).await.expect("confirmed"), Finish::Done);
+    for _ in 0..2 {
+        over(&ledger.prepare(&first).await.expect("a vote"));
+        over(&ledger.prepare(&second).await.expect("a vote"));
+    }
+    assert_eq!(world.number("SELECT sum(balance)::bigint FROM account").await, 100);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_panic_of_the_work_leaves_nothing() {
     let world = world_with(Arc::new(Script)).await;
     let branch = branch(&format!("{TAKE}\npanic"));
