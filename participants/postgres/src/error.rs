@@ -22,6 +22,8 @@ pub(crate) fn told(
             let error = Error::new(ErrorKind::Backend, operation, "the table quorate_barrier does not exist");
             return error.key(subject).on(NAME).next("create it, by Postgres::install or by hand");
         }
+        // The server ends the session, mostly because it ends itself.
+        Some(_) if is_fatal(error) => (ErrorKind::Unavailable, refusal(error)),
         Some(_) => (ErrorKind::Backend, refusal(error)),
         None if error.is_closed() || io_error(error).is_some() => {
             (ErrorKind::Unavailable, "the connection was lost".to_owned())

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -87,6 +87,28 @@ impl Process {
     /// Signals the server itself, not its supervisor.
     pub(crate) fn signal(&self, signal: Signal) -> io::Result<()> {
         Ok(kill_process(self.server, signal)?)
+    }
+
+    /// Signals the server and its children, for one that serves each client by a process of its own: those outlive it for a
+    /// moment, and answer.
+    pub(crate) fn signal_family(&self, signal: Signal) -> io::Result<()> {
+        // Stopped, it neither makes children nor buries them: the ids stay theirs.
+        kill_process(self.server, Signal::STOP)?;
+        let id = self.server.as_raw_nonzero();
+        // It may be on another core, about to make one more.
+        for _ in 0..10_000 {
+            let stat = fs::read_to_string(format!("/proc/{id}/stat"))?;
+            if stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['T', 'Z'])) {
+                break;
+            }
+            std::thread::yield_now();
+        }
+        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children"))?;
+        for child in children.split_whitespace().filter_map(|child| Pid::from_raw(child.parse().ok()?)) {
+            // One that has ended already is not reaped yet, and takes no signal.
+            kill_process(child, signal).ok();
+        }
+        self.signal(signal)
     }
 
     pub(crate) fn id(&self) -> u32 {

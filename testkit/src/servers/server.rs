@@ -311,6 +311,11 @@ impl Server {
         if self.pid().is_some() {
             return Ok(());
         }
+        // A child that was killed just after its birth has the server's port until it is gone.
+        let gone = Instant::now() + Duration::from_secs(if self.launch.kind == Kind::Postgres { 5 } else { 0 });
+        while Instant::now() < gone && self.ports.iter().any(|port| !is_free(port.number())) {
+            sleep(ASK_EVERY).await;
+        }
         if let Some(port) = self.ports.iter().find(|port| !is_free(port.number())) {
             return Err(Error::PortInUse { server: self.name().to_owned(), port: port.number() });
         }
@@ -416,7 +421,10 @@ impl Server {
             return Err(Error::NotRunning { server: self.name().to_owned() });
         }
         let process = self.process();
-        let sent = process.as_ref().map_or(Ok(()), |process| process.signal(signal));
+        // An orderly end is for the server itself to bring to its children.
+        let all = self.launch.kind == Kind::Postgres && [Signal::KILL, Signal::STOP, Signal::CONT].contains(&signal);
+        let send = if all { Process::signal_family } else { Process::signal };
+        let sent = process.as_ref().map_or(Ok(()), |process| send(process, signal));
         sent.map_err(|e| Error::io(format!("signal {}", self.name()), e))
     }
 

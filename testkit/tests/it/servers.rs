@@ -139,6 +139,36 @@ async fn postgres_keeps_data_and_what_is_prepared_over_a_kill_and_loses_it_when_
 }
 
 #[tokio::test]
+async fn a_session_of_postgres_is_killed_and_paused_with_its_server() -> Outcome {
+    let server = Postgres::start(PostgresOptions::default()).await?;
+    let nap = "SELECT pg_sleep(0.5); SELECT 'awake'";
+    for _ in 0..3 {
+        let kill = async {
+            tokio::time::sleep(Duration::from_millis(250)).await;
+            server.kill().await
+        };
+        let (answer, killed) = tokio::join!(postgres(server.addr(), nap), kill);
+        killed?;
+        assert!(!answer.unwrap_or_default().contains("awake"), "it outlived its server");
+        server.restart().await?;
+    }
+    let pause = async {
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        server.pause()?;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        server.resume()
+    };
+    let start = tokio::time::Instant::now();
+    let (answer, paused) = tokio::join!(postgres(server.addr(), nap), pause);
+    paused?;
+    assert!(answer?.contains("awake"), "it goes on");
+    assert!(start.elapsed() > Duration::from_secs(2), "it was paused");
+    server.pause()?;
+    server.stop().await?;
+    Ok(())
+}
+
+#[tokio::test]
 async fn postgres_is_stopped_orderly_although_a_client_is_at_work() -> Outcome {
     let server = Postgres::start(PostgresOptions::default()).await?;
     let busy = postgres(server.addr(), "SELECT pg_sleep(60)");
