@@ -2,9 +2,11 @@
 //!
 //! Promise: no text of the server is repeated, because it may hold values of rows; its code is.
 
+use std::{error::Error as _, io};
+
 use deadpool_postgres::PoolError;
 use quorate_core::{Error, ErrorKind};
-use tokio_postgres::error::SqlState;
+use tokio_postgres::error::{Severity, SqlState};
 
 pub(crate) const NAME: &str = "postgresql";
 
@@ -21,9 +23,28 @@ pub(crate) fn told(
             return error.key(subject).on(NAME).next("create it, by Postgres::install or by hand");
         }
         Some(_) => (ErrorKind::Backend, refusal(error)),
-        None => (ErrorKind::Unavailable, "the connection was lost".to_owned()),
+        None if error.is_closed() || io_error(error).is_some() => {
+            (ErrorKind::Unavailable, "the connection was lost".to_owned())
+        }
+        // The client's own text: a parameter of the wrong type, a column that is not there. It repeats no values.
+        None => (ErrorKind::Backend, error.to_string()),
     };
     Error::new(kind, operation, message).key(subject).on(NAME)
+}
+
+fn io_error(error: &tokio_postgres::Error) -> Option<&io::Error> {
+    error.source()?.downcast_ref()
+}
+
+/// Whether a lock was not to be had in time, or the row was written by somebody else since the statement began.
+pub(crate) fn is_contention(code: &SqlState) -> bool {
+    [SqlState::LOCK_NOT_AVAILABLE, SqlState::T_R_SERIALIZATION_FAILURE].contains(code)
+}
+
+/// Whether the session or the server ended with this error: what it was doing may have been done.
+pub(crate) fn is_fatal(error: &tokio_postgres::Error) -> bool {
+    let severity = error.as_db_error().and_then(|db| db.parsed_severity());
+    matches!(severity, Some(Severity::Fatal | Severity::Panic))
 }
 
 /// A statement that changes something: without an answer it may have been carried out.
@@ -33,7 +54,7 @@ pub(crate) fn unsure(
     error: &tokio_postgres::Error,
 ) -> Error {
     let told = told(operation, subject, error);
-    if error.code().is_none() { told.with_kind(ErrorKind::Ambiguous) } else { told }
+    if error.code().is_none() || is_fatal(error) { told.with_kind(ErrorKind::Ambiguous) } else { told }
 }
 
 /// By code, and by the name of a constraint; without values.
@@ -48,7 +69,10 @@ pub(crate) fn no_connection(operation: &'static str, subject: &str, error: &Pool
         PoolError::Backend(error) => match error.code() {
             Some(code) if code.code().starts_with("28") => (ErrorKind::Denied, refusal(error)),
             Some(_) => (ErrorKind::Unavailable, refusal(error)),
-            None => (ErrorKind::Unavailable, "the server cannot be reached".to_owned()),
+            None => {
+                let cause = io_error(error).map(|io| format!(" ({io})")).unwrap_or_default();
+                (ErrorKind::Unavailable, format!("no connection: {error}{cause}"))
+            }
         },
         PoolError::Timeout(_) => (ErrorKind::Unavailable, "no connection in time".to_owned()),
         _ => (ErrorKind::Unavailable, "no connection".to_owned()),

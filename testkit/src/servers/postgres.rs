@@ -1,3 +1,4 @@
+use std::ffi::OsString;
 use std::path::Path;
 
 use super::port::Port;
@@ -5,17 +6,20 @@ use super::probe::Probe;
 use super::server::{Home, Launch};
 use super::{Error, Kind, Server};
 use crate::install::{in_path, postgres_programs};
+use crate::tls::TlsFiles;
 
 /// How a PostgreSQL server is set up. Its superuser is `quorate`, its database `postgres`, and it trusts whoever connects.
 #[derive(Debug, Clone)]
 pub struct PostgresOptions {
     /// `max_prepared_transactions`; with zero the server refuses to prepare, as it does by default.
     pub prepared: u32,
+    /// Serves TLS on the client port, to those who ask for it.
+    pub tls: Option<TlsFiles>,
 }
 
 impl Default for PostgresOptions {
     fn default() -> Self {
-        Self { prepared: 200 }
+        Self { prepared: 200, tls: None }
     }
 }
 
@@ -39,7 +43,7 @@ impl Postgres {
         let shell = in_path(Path::new("sh")).ok_or_else(|| Error::missing("sh", "every system has one"))?;
         let (home, port) = (Home::new("postgres")?, Port::reserve()?);
         let (data, client) = (home.data(), port.number());
-        let args = vec![
+        let mut args: Vec<OsString> = vec![
             "-c".into(),
             SCRIPT.into(),
             "postgres.sh".into(),
@@ -48,6 +52,9 @@ impl Postgres {
             client.to_string().into(),
             options.prepared.to_string().into(),
         ];
+        if let Some(tls) = &options.tls {
+            args.extend([tls.server_cert().into(), tls.server_key().into()]);
+        }
         let launch = Launch {
             kind: Kind::Postgres,
             name: "postgres".to_owned(),
@@ -58,7 +65,7 @@ impl Postgres {
             probe: Probe::Postgres { client },
             credentials: None,
             token: None,
-            tls: None,
+            tls: options.tls,
             wipes_alone: true,
         };
         Server::new(launch, home, vec![port]).started().await

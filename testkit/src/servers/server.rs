@@ -206,7 +206,8 @@ impl Server {
         asked.map_err(|e| Error::io(format!("ask {} whether it leads", self.name()), e))
     }
 
-    /// Stops the server orderly (SIGTERM), and after 10 s with SIGKILL. Does nothing when it is down.
+    /// Stops the server orderly (SIGTERM; PostgreSQL, which then waits for its clients, SIGINT), and after 10 s with
+    /// SIGKILL. Does nothing when it is down.
     ///
     /// # Errors
     ///
@@ -217,7 +218,8 @@ impl Server {
     /// The signal may have been sent; call it again to wait for the end.
     pub async fn stop(&self) -> Result<(), Error> {
         let _one = self.lifecycle.lock().await;
-        self.end(Signal::TERM).await
+        let orderly = if self.launch.kind == Kind::Postgres { Signal::INT } else { Signal::TERM };
+        self.end(orderly).await
     }
 
     /// Kills the server at once (SIGKILL): nothing is flushed, no session is closed. Does nothing when it

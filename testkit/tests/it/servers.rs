@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use crate::common::{Outcome, http, say, say_tls};
 use quorate_testkit::servers::{
-    Consul, ConsulOptions, Credentials, Error as ServerError, Etcd, EtcdOptions, Persistence, Redis, RedisOptions,
-    Secret, Server, ZooKeeper, ZooKeeperOptions,
+    Consul, ConsulOptions, Credentials, Error as ServerError, Etcd, EtcdOptions, Persistence, Postgres,
+    PostgresOptions, Redis, RedisOptions, Secret, Server, ZooKeeper, ZooKeeperOptions,
 };
 use quorate_testkit::tls::TlsFiles;
 
@@ -101,6 +101,55 @@ async fn redis_refuses_clients_without_the_password() -> Outcome {
         server.restart().await?;
         assert!(!format!("{server:?}").contains("hush"));
     }
+    Ok(())
+}
+
+/// One message of PostgreSQL's protocol, which tells its own length.
+fn framed(kind: &str, body: &str) -> Vec<u8> {
+    let length = u32::try_from(body.len() + 4).expect("a short message").to_be_bytes();
+    [kind.as_bytes(), &length, body.as_bytes()].concat()
+}
+
+async fn postgres(addr: SocketAddr, sql: &str) -> std::io::Result<String> {
+    let start = framed("", "\0\u{3}\0\0user\0quorate\0database\0postgres\0\0");
+    let end = framed("X", "");
+    say(addr, &[start, framed("Q", &format!("{sql}\0")), end].concat(), "").await
+}
+
+#[tokio::test]
+async fn postgres_keeps_data_and_what_is_prepared_over_a_kill_and_loses_it_when_wiped() -> Outcome {
+    let server = Postgres::start(PostgresOptions::default()).await?;
+    assert_eq!(server.url(), format!("postgresql://{}", server.addr()));
+    let answer = postgres(server.addr(), "CREATE TABLE kept AS SELECT 'value' AS it").await?;
+    assert!(answer.contains("SELECT 1"), "{answer}");
+    let prepare = "BEGIN; CREATE TABLE late (x int); PREPARE TRANSACTION 'half'";
+    let answer = postgres(server.addr(), prepare).await?;
+    assert!(answer.contains("PREPARE TRANSACTION"), "{answer}");
+    for _ in 0..2 {
+        server.kill().await?;
+        assert!(postgres(server.addr(), "").await.is_err(), "it is down");
+        server.restart().await?;
+        let answer = postgres(server.addr(), "SELECT it, gid FROM kept, pg_prepared_xacts").await?;
+        assert!(answer.contains("value") && answer.contains("half"), "{answer}");
+    }
+    server.restart_wiped().await?;
+    let answer = postgres(server.addr(), "SELECT it FROM kept").await?;
+    assert!(answer.contains("42P01"), "{answer}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn postgres_is_stopped_orderly_although_a_client_is_at_work() -> Outcome {
+    let server = Postgres::start(PostgresOptions::default()).await?;
+    let busy = postgres(server.addr(), "SELECT pg_sleep(60)");
+    let stop = async {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        tokio::time::timeout(Duration::from_secs(8), server.stop()).await
+    };
+    let (_, stopped) = tokio::join!(busy, stop);
+    stopped??;
+    assert_eq!(server.pid(), None);
+    assert!(server.log_tail().contains("database system is shut down"), "{}", server.log_tail());
     Ok(())
 }
 

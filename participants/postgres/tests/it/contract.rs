@@ -1,93 +1,16 @@
 //! What a participant owes, shown on a real server.
 
-use std::{
-    future::{Future, poll_fn},
-    pin::pin,
-    sync::Arc,
-    task::Poll,
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use quorate_core::{
     Coordinator, ErrorKind, SessionOptions,
     commit::{Branch, Decision, Finish, Participant, RecoverOptions, TxId, Vote},
 };
 use quorate_memory::Memory;
-use quorate_postgres::{Postgres, Work, async_trait, tokio_postgres};
-use quorate_testkit::servers::{Postgres as Launcher, PostgresOptions, Server};
-use tokio_postgres::Client;
+use quorate_postgres::Postgres;
+use quorate_testkit::servers::{Postgres as Launcher, PostgresOptions};
 
-/// Adds the number in its body to the account, which may not fall below zero.
-#[derive(Debug)]
-struct Add;
-
-#[async_trait]
-impl Work for Add {
-    async fn run(&self, db: &Client, branch: &Branch) -> Result<Vote, tokio_postgres::Error> {
-        let amount: i64 = std::str::from_utf8(&branch.body).expect("text").parse().expect("a number");
-        if amount == 0 {
-            return Ok(Vote::ReadOnly);
-        }
-        let changed = db.execute("UPDATE account SET balance = balance + $1 WHERE id = 1", &[&amount]).await?;
-        Ok(if changed == 1 { Vote::Yes } else { Vote::No("no such account".to_owned()) })
-    }
-}
-
-struct World {
-    server: Server,
-    ledger: Postgres,
-}
-
-fn url(server: &Server) -> String {
-    format!("postgresql://quorate@{}/postgres", server.addr())
-}
-
-async fn world() -> World {
-    let server = Launcher::start(PostgresOptions::default()).await.expect("PostgreSQL starts");
-    let ledger = Postgres::connect("ledger", &url(&server), Arc::new(Add)).expect("a URL");
-    ledger.install().await.expect("the table is there");
-    let world = World { server, ledger };
-    world
-        .sql(
-            "CREATE TABLE account (id bigint PRIMARY KEY, balance bigint NOT NULL CHECK (balance >= 0)); \
-             INSERT INTO account VALUES (1, 100)",
-        )
-        .await;
-    world
-}
-
-impl World {
-    async fn client(&self) -> Client {
-        let (client, connection) =
-            tokio_postgres::connect(&url(&self.server), tokio_postgres::NoTls).await.expect("up");
-        tokio::spawn(connection);
-        client
-    }
-
-    async fn sql(&self, sql: &str) {
-        self.client().await.batch_execute(sql).await.expect("it is understood");
-    }
-
-    async fn number(&self, sql: &str) -> i64 {
-        self.client().await.query_one(sql, &[]).await.expect("it is understood").get(0)
-    }
-
-    async fn balance(&self) -> i64 {
-        self.number("SELECT balance FROM account WHERE id = 1").await
-    }
-
-    async fn prepared(&self) -> i64 {
-        self.number("SELECT count(*) FROM pg_prepared_xacts").await
-    }
-}
-
-fn branch(body: &str) -> Branch {
-    Branch::new("bank", TxId::random(), "ledger", body.to_owned())
-}
-
-fn over(vote: &Vote) {
-    assert!(matches!(vote, Vote::No(_)), "{vote:?}");
-}
+use crate::support::{Add, World, branch, over, url, world};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_branch_takes_effect_with_its_outcome_and_once() {
@@ -98,6 +21,8 @@ async fn a_branch_takes_effect_with_its_outcome_and_once() {
         assert_eq!(ledger.prepare(&kept).await.expect("a vote"), Vote::Yes, "the same answer again");
     }
     assert_eq!(world.balance().await, 100, "nothing is seen before the outcome");
+    let named = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'quorate:%'";
+    assert_eq!(world.number(named).await, 0, "a session is called after a branch only while it prepares it");
     assert_eq!(ledger.in_doubt("bank").await.expect("a list"), [kept.id]);
     assert_eq!(ledger.in_doubt("ban").await.expect("a list"), [], "another group");
     for _ in 0..2 {
@@ -157,20 +82,32 @@ async fn what_was_prepared_survives_the_death_of_the_server() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_rolled_back_by_hand_is_told() {
+async fn what_was_ended_by_hand_is_told_if_it_ended_otherwise() {
     let world = world().await;
-    let branch = branch("-30");
-    assert_eq!(world.ledger.prepare(&branch).await.expect("a vote"), Vote::Yes);
-    let gid: String =
-        world.client().await.query_one("SELECT gid FROM pg_prepared_xacts", &[]).await.expect("one").get(0);
-    world.sql(&format!("ROLLBACK PREPARED '{gid}'")).await;
-    let finish = world.ledger.commit(&branch).await.expect("an answer");
+    let by_hand = async |verb: &str| {
+        let branch = branch("-30");
+        assert_eq!(world.ledger.prepare(&branch).await.expect("a vote"), Vote::Yes);
+        let found = world.client().await.query_one("SELECT gid FROM pg_prepared_xacts", &[]).await;
+        let gid: String = found.expect("one").get(0);
+        world.sql(&format!("{verb} PREPARED '{gid}'")).await;
+        branch
+    };
+    let finish = world.ledger.commit(&by_hand("ROLLBACK").await).await.expect("an answer");
     assert!(matches!(&finish, Finish::Diverged(what) if what.contains("by hand")), "{finish:?}");
+    let finish = world.ledger.abort(&by_hand("COMMIT").await).await.expect("an answer");
+    assert!(matches!(&finish, Finish::Diverged(what) if what.contains("committed")), "{finish:?}");
+    assert_eq!(world.ledger.commit(&by_hand("COMMIT").await).await.expect("confirmed"), Finish::Done);
+    assert_eq!(world.ledger.abort(&by_hand("ROLLBACK").await).await.expect("confirmed"), Finish::Done);
+    let finish = world.ledger.commit(&branch("-30")).await.expect("an answer");
+    assert!(matches!(&finish, Finish::Diverged(what) if what.contains("never prepared")), "{finish:?}");
+    assert_eq!(world.balance().await, 40);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_cannot_prepare_says_what_to_set() {
-    let server = Launcher::start(PostgresOptions { prepared: 0 }).await.expect("PostgreSQL starts");
+    let server = Launcher::start(PostgresOptions { prepared: 0, ..PostgresOptions::default() })
+        .await
+        .expect("PostgreSQL starts");
     let ledger = Postgres::connect("ledger", &url(&server), Arc::new(Add)).expect("a URL");
     let missing = ledger.prepare(&branch("1")).await.expect_err("there is no table");
     assert!(missing.to_string().contains("Postgres::install"), "{missing}");
@@ -191,66 +128,6 @@ async fn passwords_are_never_shown() {
     for text in [format!("{bad:?}"), format!("{good:?}"), format!("{down:?} {down}")] {
         assert!(!text.contains("hunter2"), "{text}");
     }
-}
-
-/// Polls up to so many times and drops it.
-async fn polls<F: Future>(work: F, count: usize) -> Option<F::Output> {
-    let (mut work, mut left) = (pin!(work), count);
-    poll_fn(|cx| {
-        if left == 0 {
-            return Poll::Ready(None);
-        }
-        left -= 1;
-        match work.as_mut().poll(cx) {
-            Poll::Ready(output) => Poll::Ready(Some(output)),
-            Poll::Pending if left == 0 => Poll::Ready(None),
-            Poll::Pending => Poll::Pending,
-        }
-    })
-    .await
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_dropped_prepare_can_be_aborted_and_holds_up_nobody() {
-    let world = world().await;
-    for count in 1..60 {
-        let branch = branch("-1");
-        let vote = polls(world.ledger.prepare(&branch), count).await;
-        assert_eq!(world.ledger.abort(&branch).await.expect("confirmed"), Finish::Done, "after {count} polls");
-        over(&world.ledger.prepare(&branch).await.expect("a vote"));
-        if vote.is_some() {
-            assert!(count > 3, "it was never dropped half-way");
-            assert_eq!((world.balance().await, world.prepared().await), (100, 0));
-            return;
-        }
-    }
-    panic!("it never ended");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn an_abort_that_meets_a_prepare_wins_or_follows_it() {
-    let world = world().await;
-    let (mut before, mut after) = (0, 0);
-    for _ in 0..80 {
-        let branch = branch("-1");
-        let (ledger, late) = (world.ledger.clone(), branch.clone());
-        let pause = Duration::from_micros(rand::random_range(0..3000));
-        let preparing = tokio::spawn(async move {
-            tokio::time::sleep(pause).await;
-            ledger.prepare(&late).await
-        });
-        tokio::time::sleep(Duration::from_micros(rand::random_range(0..3000))).await;
-        assert_eq!(world.ledger.abort(&branch).await.expect("confirmed"), Finish::Done);
-        match preparing.await.expect("no panic") {
-            // It was there first, and was rolled back; or it found the door closed.
-            Ok(Vote::Yes) => after += 1,
-            Ok(_) => before += 1,
-            Err(error) => assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}"),
-        }
-        over(&world.ledger.prepare(&branch).await.expect("a vote"));
-    }
-    assert!(before > 0 && after > 0, "they never met: {before}, {after}");
-    assert_eq!((world.balance().await, world.prepared().await), (100, 0));
 }
 
 #[tokio::test(flavor = "multi_thread")]
