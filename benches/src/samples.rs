@@ -12,6 +12,7 @@ pub(crate) struct Budget {
     pub(crate) contended: Duration,
     pub(crate) hand_off: Duration,
     pub(crate) commits: Duration,
+    pub(crate) discovery: Duration,
     pub(crate) memory: Duration,
     pub(crate) balance: Duration,
 }
@@ -26,6 +27,7 @@ impl Budget {
             contended: seconds(12),
             hand_off: seconds(14),
             commits: seconds(8),
+            discovery: seconds(6),
             memory: seconds(12),
             balance: seconds(12),
         }
@@ -39,6 +41,7 @@ impl Budget {
             contended: full.contended / 5,
             hand_off: full.hand_off / 5,
             commits: full.commits / 5,
+            discovery: full.discovery / 5,
             memory: full.memory / 5,
             balance: full.balance / 5,
         }

@@ -7,6 +7,7 @@ mod commits;
 #[cfg(feature = "consul")]
 mod consul;
 mod contended;
+mod discovery;
 #[cfg(feature = "etcd")]
 mod etcd;
 mod hand_off;
@@ -132,6 +133,9 @@ async fn measured(contest: &'static dyn Contest, budget: Budget) -> Outcome<Repo
     rows.extend(times.rows("hand-off", 1.5));
     progress(name, "atomic commit");
     rows.extend(within(budget.commits, commits::measure(&*raw.pair, &ours.0, budget.commits)).await?);
+    progress(name, "discovery");
+    let figures = discovery::measure(&server, &mut *raw.round, budget.discovery);
+    rows.extend(within(budget.discovery, figures).await?);
     Ok(Report { title: format!("{name}, one server"), sides: ("raw client", "quorate"), rows, notes })
 }
 

@@ -12,7 +12,7 @@ use quorate_core::{
     commit::{
         Branch, Decision, DoubtState, Finish, Participant, Protocol, Step, TransactionsOptions, TxId, TxStatus, Vote,
     },
-    layer::{Stack, Verb},
+    layer::{Chaos, Fault, Rule, Stack, Verb},
 };
 use tokio::time::{Instant, sleep};
 
@@ -36,6 +36,7 @@ cases!("commit":
     phases_cost_one_round_trip_each_whatever_the_number_of_participants,
     three_phases_cost_one_round_trip_more_and_what_is_ready_is_not_aborted,
     a_dropped_commit_ends_on_one_side,
+    a_transaction_that_cannot_be_begun_asks_nobody,
     bad_transactions_are_refused_before_anything_is_sent,
     records_of_others_are_listed_and_left_alone,
     a_heuristic_outcome_is_kept_until_somebody_has_seen_it,
@@ -274,6 +275,19 @@ async fn a_dropped_commit_ends_on_one_side(clients: Arc<dyn Clients>) {
     until_clean(&coord, "dropped", &[]).await;
     eventually("nothing in doubt", async || !super::book::in_doubt(&books)).await;
     assert_one_side(&books, "dropped");
+}
+
+async fn a_transaction_that_cannot_be_begun_asks_nobody(clients: Arc<dyn Clients>) {
+    let refuse = Rule { fault: Fault::Refuse, probability: 1.0, verbs: vec![Verb::Commit] };
+    let backend = Stack::new(client(&clients).await).with(Chaos::new(1, vec![refuse])).build();
+    let all = coord_over(backend, Duration::from_secs(30)).transactions("unbegun").expect("a good name");
+    let book = Book::new();
+    all.enlist("a", book.clone()).expect("enlisted");
+    let tx = all.begin().branch("a", "").within(Duration::from_millis(500));
+    let id = tx.id();
+    refused(tx.commit().await, ErrorKind::Unavailable, "a transaction whose log cannot be written");
+    sleep(Duration::from_millis(300)).await;
+    assert_eq!((book.asked(id), book.told(id), book.state(id)), (0, 0, None), "no local change, no message");
 }
 
 async fn bad_transactions_are_refused_before_anything_is_sent(clients: Arc<dyn Clients>) {

@@ -14,7 +14,9 @@ use std::{
 use futures_util::future::BoxFuture;
 use quorate_core::{
     Backend, Coordinator, ErrorKind, Fencing,
-    commit::{Decision, Protocol, RecoverOptions, Recoverer, Step, Transactions, TransactionsOptions, TxId},
+    commit::{
+        Decision, DoubtState, Protocol, RecoverOptions, Recoverer, Step, Transactions, TransactionsOptions, TxId,
+    },
     layer::{Chaos, Stack},
 };
 use tokio::{sync::Notify, task::JoinSet, time::sleep};
@@ -35,6 +37,7 @@ cases!("commit_crash":
     a_driver_that_slept_through_a_commit_by_hand_follows_it,
     a_prepare_that_comes_after_the_recovery_leaves_nothing,
     recoverers_at_the_same_time_do_the_work_once,
+    without_a_recoverer_the_prepared_stay_in_doubt,
     what_no_driver_remembers_is_taken_back,
     nothing_is_mixed_or_lost_in_chaos,
 );
@@ -315,6 +318,39 @@ async fn recoverers_at_the_same_time_do_the_work_once(clients: Arc<dyn Clients>)
         assert_eq!((book.state(id), book.told(id)), (Some(State::Committed), 1), "told once, by one of four");
     }
     assert_one_side(&books, "many hands");
+}
+
+/// Nobody decides alone, however long nothing is heard. It shows in the list, and an operator can end it.
+async fn without_a_recoverer_the_prepared_stay_in_doubt(clients: Arc<dyn Clients>) {
+    let books = [Book::new(), Book::new(), Book::new()];
+    let step = Step::Decide(Decision::Commit);
+    let mortal = Mortal::new(standard(client(&clients).await), clients.ttl(), "blocked", step);
+    with_books(&mortal.all, &books);
+    let tx = mortal.all.begin().branch("a", "").branch("b", "").branch("c", "");
+    let id = tx.id();
+    let _driver = spawn(tx.commit());
+    mortal.dies().await;
+    let coord = coord(&clients).await;
+    let all = coord.transactions_with("blocked", quick()).expect("a good name");
+    with_books(&all, &books);
+    let limit = clients.ttl() + coord.profile().expiry_lag + Duration::from_secs(10);
+    let listed = async || all.in_doubt().await.expect("a list");
+    crate::support::within(limit, "its driver is seen to be gone", async {
+        while listed().await.iter().any(|doubt| doubt.driver_lives) {
+            sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+    sleep(clients.ttl()).await;
+    assert!(books.iter().all(|book| book.state(id) == Some(State::Prepared) && book.told(id) == 0), "somebody decided");
+    let doubts = listed().await;
+    assert_eq!((doubts.len(), &doubts[0].state), (1, &DoubtState::Undecided));
+    assert_eq!(all.resolve(id, Decision::Abort).await.expect("decided"), Decision::Abort);
+    let _recoverer = all.recover_with(eager());
+    eventually("the operator's word is carried out", async || !in_doubt(&books)).await;
+    assert_one_side(&books, "blocked");
+    assert!(all.acknowledge(id).await.expect("acknowledged"));
+    until_clean(&coord, "blocked", &[]).await;
 }
 
 /// What a late prepare left behind, although the log knows nothing of it.
