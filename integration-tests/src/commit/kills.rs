@@ -23,7 +23,7 @@ use crate::{
 
 cases!("commit":
     whatever_step_a_driver_is_killed_at_both_keys_end_on_one_side,
-    a_driver_stopped_beyond_its_session_follows_what_was_decided_without_it,
+    a_driver_stopped_beyond_its_session_changes_nothing_and_does_not_guess,
     a_killed_recoverer_is_followed_by_another,
     a_killed_participant_is_replaced_by_its_stand_by_or_its_restart,
     a_stopped_participant_that_wakes_takes_nothing_back,
@@ -123,7 +123,7 @@ async fn whatever_step_a_driver_is_killed_at_both_keys_end_on_one_side(site: Arc
     assert!(*early + Duration::from_millis(200) >= ttl / 2, "recovered {early:?} after the kill");
 }
 
-async fn a_driver_stopped_beyond_its_session_follows_what_was_decided_without_it(site: Arc<Site>) {
+async fn a_driver_stopped_beyond_its_session_changes_nothing_and_does_not_guess(site: Arc<Site>) {
     let config = site.config();
     let coord = connect_long(&config).await;
     let (all, _) = group(&coord, "stops", TransactionsOptions::default()).expect("a good name");
@@ -140,8 +140,10 @@ async fn a_driver_stopped_beyond_its_session_follows_what_was_decided_without_it
             let took = scenario.over(all, limit).await;
             sleep(ttl.saturating_sub(took)).await;
             scenario.driver.resume().await;
-            let wanted = if committed { Decision::Commit } else { Decision::Abort };
-            assert_eq!(scenario.driver.answer().await, wanted.to_string(), "{}", scenario.name);
+            // It was decided without it, carried out and forgotten: it does not guess which way it went.
+            let wanted = if committed { Decision::Commit.to_string() } else { "error ambiguous".to_owned() };
+            let answer = scenario.driver.answer().await;
+            assert!(answer.starts_with(&wanted), "{}: {answer}", scenario.name);
             scenario.assert_ended(coord, committed).await;
             scenario.driver.exit().await;
             took
