@@ -68,7 +68,7 @@ fn shared_tests(binaries: &[Binary]) -> Outcome {
     let of_backends: Vec<_> = Backend::ALL.into_iter().map(package).collect();
     let later = |binary: &Binary| [SUITE, BANK].contains(&(binary.package.as_str(), binary.target.as_str()));
     for binary in binaries.iter().filter(|b| !b.is_example && !of_backends.contains(&b.package)) {
-        if !later(binary) && !binary.passes(&[])? {
+        if !later(binary) && run_twice(binary)? == Own::Failed {
             return Err(format!("tests of {} failed: {}", binary.package, binary.target));
         }
     }
@@ -79,21 +79,26 @@ fn shared_tests(binaries: &[Binary]) -> Outcome {
     Ok(())
 }
 
-/// Timing tests of real servers can fail because the machine stood still. A program that failed gets one more run, its
-/// tests one after another, and the table says so.
 fn own_tests(binaries: &[Binary], package: &str) -> Outcome<Own> {
     let mut own = Own::Passed;
     for binary in binaries.iter().filter(|b| !b.is_example && b.package == package) {
-        if binary.passes(&[])? {
-            continue;
+        match run_twice(binary)? {
+            Own::Passed => {}
+            Own::PassedAlone => own = Own::PassedAlone,
+            Own::Failed => return Ok(Own::Failed),
         }
-        headline(&format!("something failed; {} {} once more, one after another", binary.package, binary.target));
-        if !binary.passes(&["--test-threads=1"])? {
-            return Ok(Own::Failed);
-        }
-        own = Own::PassedAlone;
     }
     Ok(own)
+}
+
+/// Timing tests of real servers can fail because the machine stood still. A program that failed gets one more run, its
+/// tests one after another, and the output says so.
+fn run_twice(binary: &Binary) -> Outcome<Own> {
+    if binary.passes(&[])? {
+        return Ok(Own::Passed);
+    }
+    headline(&format!("something failed; {} {} once more, one after another", binary.package, binary.target));
+    Ok(if binary.passes(&["--test-threads=1"])? { Own::PassedAlone } else { Own::Failed })
 }
 
 /// Runs cases that failed among all others once more alone, if there are few: many failures are no accident.

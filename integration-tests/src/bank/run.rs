@@ -28,6 +28,9 @@ use super::{
 };
 use crate::site::{Site, connect_long};
 
+/// How the error of a run begins that was right in everything and shows nothing.
+pub const VOID: &str = "too little happened to show anything";
+
 const GROUP: &str = "bank";
 /// Processes that make transfers, each with its own connections.
 const TELLERS: usize = 8;
@@ -281,7 +284,7 @@ pub async fn run(plan: &Plan) -> Result<Figures, String> {
     figures.backends = plan.to_string();
     (figures.seconds, figures.effective, figures.reads) = (seconds, effective, reads);
     (figures.restarts, figures.quiet_after) = (restarts, quiet_after);
-    if figures.is_void() { Err(format!("too little happened to show anything:\n{figures}")) } else { Ok(figures) }
+    if figures.is_void() { Err(format!("{VOID}:\n{figures}")) } else { Ok(figures) }
 }
 
 /// Kills somebody every now and then, and breaks a server less often, one after the other.
