@@ -201,12 +201,13 @@ impl Run {
             return regular;
         };
         let mut wanted = regular;
-        let mut standing = HashSet::new();
+        let (mut standing, mut named) = (HashSet::new(), HashSet::new());
         for entry in found {
             let Ok(tx) = self.all.log().open(entry).inspect_err(|error| tracing::warn!(%error, "left alone")) else {
                 continue;
             };
             standing.insert(tx.id);
+            named.insert(tx.record.driver.clone());
             let fresh = Seen { since: now, next: now, under_way: false, finished: None };
             let seen = self.seen.entry(tx.id).or_insert(fresh);
             let driver_lives = alive.contains(&tx.record.driver);
@@ -233,9 +234,7 @@ impl Run {
         }
         metrics::gauge!("quorate_transactions_open", "group" => self.all.group().to_owned()).set(standing.len() as f64);
         self.seen.retain(|id, seen| seen.under_way || standing.contains(id));
-        if self.seen.is_empty() {
-            self.missing.clear();
-        }
+        self.missing.retain(|driver, _| named.contains(driver));
         wanted
     }
 
