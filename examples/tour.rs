@@ -43,6 +43,13 @@ async fn main() -> Result<()> {
     }
     let coord = quorate::connect_with(&config).await?;
     println!("quorate on {}. The same code runs on every backend; only the URL differs.", coord.profile().backend);
+    let clock = coord.clock().sample().await?;
+    println!(
+        "One round trip takes {:.1} ms; the server's clock is {:+.3} s ahead of ours, give or take {:.3} s.",
+        clock.round_trip.last.as_secs_f64() * 1e3,
+        clock.ahead_seconds,
+        clock.error.as_secs_f64()
+    );
 
     contended_lock(&coord).await?;
     dead_holder(&config, &coord).await?;

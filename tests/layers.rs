@@ -202,6 +202,7 @@ async fn chaos_strikes_every_verb() {
         backend.look(&ticket, 1).await.err(),
         backend.line(&line).await.err(),
         backend.gone(&ticket).await.err(),
+        backend.clock().await.err(),
     ];
     assert!(kinds.iter().all(|e| e.as_ref().is_some_and(|e| e.kind() == ErrorKind::Unavailable)), "{kinds:?}");
     assert_eq!(*seen.0.lock().unwrap(), Verb::ALL);

@@ -11,6 +11,7 @@
 //! | semaphore | a line; a ticket with fewer than *n* ahead is in |
 //! | election | a line whose front leads; its record is a `commit` with [`Check::Standing`], `watch` shows it |
 //! | fenced write | `commit` with [`Check::Standing`] |
+//! | the coordinator's clock | `clock` |
 //! | membership, discovery | `commit` of keys on a lease, `watch` of their directory |
 //! | heartbeats, recovery | `commit` of keys on no lease, each beat with [`Check::Unchanged`]; `watch` of their directory; a lock per death |
 //! | atomic commit | `commit` with [`Check::Absent`] for the one decision record; `watch` for participants in other processes; a lock per recovery |
@@ -27,7 +28,7 @@ use crate::{
     watch::Watch,
 };
 
-/// A coordinator, seen through ten verbs, and two methods by which it says what it is.
+/// A coordinator, seen through eleven verbs, and two methods by which it says what it is.
 ///
 /// Every future may be dropped at any point; a dropped call may still be carried out by the server. No
 /// method has a default body, so a wrapper that forgets one does not compile.
@@ -87,6 +88,12 @@ pub trait Backend: fmt::Debug + Send + Sync + 'static {
     /// Dropping it takes the wait back.
     async fn gone(&self, ticket: &Ticket) -> Result<()>;
 
+    /// What the server's own wall clock shows while it answers. For people to look at: nothing may be decided by it.
+    ///
+    /// # Errors
+    /// `Unsupported` exactly if [`Profile::clock`] is `None`.
+    async fn clock(&self) -> Result<ServerClock>;
+
     /// How the records of services are kept.
     fn registry(&self) -> Registry;
 }
@@ -131,6 +138,16 @@ impl fmt::Debug for LeaseId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "LeaseId({})", self.0)
     }
+}
+
+/// What a server's wall clock showed at some moment while it answered: from `earliest` to `latest`, which are as far
+/// apart as the server's clock is coarse.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ServerClock {
+    /// Since 1970, in UTC.
+    pub earliest: Duration,
+    /// Since 1970, in UTC.
+    pub latest: Duration,
 }
 
 /// A granted lease.
@@ -394,6 +411,8 @@ pub struct Profile {
     pub max_txn: usize,
     /// On how many different leases the keys that one transaction puts may stand.
     pub txn_leases: usize,
+    /// In which steps the server tells its wall clock, or `None` if it does not.
+    pub clock: Option<Duration>,
 }
 
 impl fmt::Display for Txn {

@@ -16,6 +16,7 @@ use futures_util::{
 
 use crate::{
     backend::{Backend, Profile},
+    clock::CoordinatorClock,
     election::Election,
     error::{Error, ErrorKind, Result},
     heartbeat::HeartbeatGroup,
@@ -41,12 +42,14 @@ struct Inner {
     opening: Mutex<Option<Shared<BoxFuture<'static, Result<Session>>>>>,
     closed: std::sync::atomic::AtomicBool,
     claims: Claims,
+    clock: CoordinatorClock,
 }
 
 impl Coordinator {
     /// A coordinator over a backend, usually one with [layers](crate::layer) around it.
     pub fn new(backend: Arc<dyn Backend>, options: SessionOptions) -> Self {
         let inner = Inner {
+            clock: CoordinatorClock::new(backend.clone()),
             backend,
             options,
             session: Mutex::default(),
@@ -82,6 +85,11 @@ impl Coordinator {
     /// An election by name. Any name from 1 to [`MAX_NAME`](crate::MAX_NAME) bytes; others are refused at the first use.
     pub fn election(&self, name: &str) -> Election {
         Election::new(self.clone(), name)
+    }
+
+    /// The coordinator's wall clock against ours, for people to look at.
+    pub fn clock(&self) -> CoordinatorClock {
+        self.inner.clock.clone()
     }
 
     /// Keys and values.

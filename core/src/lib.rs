@@ -6,6 +6,7 @@
 
 pub mod backend;
 pub mod balance;
+pub mod clock;
 pub mod commit;
 pub mod config;
 pub mod coordinator;
@@ -30,8 +31,9 @@ mod line;
 
 pub use backend::{
     Backend, Check, Commit, Enqueue, Entry, Fencing, Front, Lease, LeaseId, Line, Nonce, Place, Profile, Revision,
-    Snapshot, Ticket, TicketKind, Txn, Write,
+    ServerClock, Snapshot, Ticket, TicketKind, Txn, Write,
 };
+pub use clock::{ClockOffset, CoordinatorClock, RoundTrip};
 pub use config::{Config, Secret, Tls};
 pub use coordinator::Coordinator;
 pub use discovery::{Instance, Registration, Service};

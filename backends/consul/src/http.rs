@@ -4,13 +4,17 @@
 //! agent that fails or does not answer is left by the next call. Nothing is repeated here, apart from a
 //! request that found its pooled connection closed before a byte of it was written.
 
-use std::{error::Error as StdError, fmt, time::Duration};
+use std::{
+    error::Error as StdError,
+    fmt,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{
     Method, Request, StatusCode, Uri,
-    header::{AUTHORIZATION, HeaderName},
+    header::{AUTHORIZATION, DATE, HeaderName},
 };
 use hyper_rustls::{FixedServerNameResolver, HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::{
@@ -25,9 +29,9 @@ use tokio::{
 };
 
 use crate::{
+    NAME,
     config::{Settings, bad},
     error::{Failure, is_agent_trouble},
-    tls,
 };
 
 /// The largest answer that is read: some 100,000 keys with small values.
@@ -59,6 +63,8 @@ pub(crate) struct Answer {
     pub(crate) index: Option<u64>,
     /// Whether access rules left something out in silence (Consul 1.11 and later say so).
     pub(crate) filtered: bool,
+    /// What the agent's clock showed, in whole seconds.
+    pub(crate) date: Option<SystemTime>,
     pub(crate) body: Bytes,
 }
 
@@ -92,7 +98,9 @@ impl Http {
         tcp.set_keepalive_retries(Some(3));
         let builder = HttpsConnectorBuilder::new();
         let connector = if config.tls.is_some() {
-            let builder = builder.with_tls_config(tls::client(config)?).https_only();
+            let builder = builder
+                .with_tls_config(quorate_tls::client(&config.tls.clone().unwrap_or_default(), NAME)?)
+                .https_only();
             match &settings.tls_server_name {
                 Some(name) => {
                     let name = ServerName::try_from(name.clone())
@@ -106,7 +114,7 @@ impl Http {
             }
         } else {
             // Never used for TLS: the scheme of every request is http.
-            builder.with_tls_config(tls::unused()?).https_or_http().enable_http1().wrap_connector(tcp)
+            builder.with_tls_config(quorate_tls::unused(NAME)?).https_or_http().enable_http1().wrap_connector(tcp)
         };
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
@@ -246,8 +254,9 @@ async fn read(response: hyper::Response<hyper::body::Incoming>) -> Result<Answer
     let header = |name: &HeaderName| head.headers.get(name).and_then(|v| v.to_str().ok());
     let index = header(&INDEX).and_then(|text| text.parse().ok());
     let filtered = header(&FILTERED) == Some("true");
+    let date = header(&DATE).and_then(|text| httpdate::parse_http_date(text).ok());
     let body = Limited::new(body, ANSWER_LIMIT).collect().await.map_err(|e| chain(&*e))?.to_bytes();
-    Ok(Answer { status: head.status, index, filtered, body })
+    Ok(Answer { status: head.status, index, filtered, date, body })
 }
 
 /// Whether bytes of the request may have reached the server.

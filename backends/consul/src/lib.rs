@@ -95,7 +95,6 @@ mod lease;
 mod line;
 mod path;
 mod slot;
-mod tls;
 mod txn;
 mod wait;
 mod watch;
@@ -105,7 +104,7 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use quorate_core::{
     Backend, Check, Commit, Config, Dir, Enqueue, ErrorKind, Fencing, KeyRange, Lease, LeaseId, Line, Place, Profile,
-    Result, Revision, Snapshot, Ticket, Txn, Watch, Write, discovery::Registry,
+    Result, Revision, ServerClock, Snapshot, Ticket, Txn, Watch, Write, discovery::Registry,
 };
 use tokio::sync::watch as signal;
 
@@ -206,6 +205,7 @@ fn profile(sessions: Sessions, ttl: Duration) -> Profile {
         max_value: MAX_VALUE,
         max_txn: MAX_TXN,
         txn_leases: MAX_TXN,
+        clock: Some(Duration::from_secs(1)),
     }
 }
 
@@ -277,6 +277,10 @@ impl Backend for Consul {
 
     async fn gone(&self, ticket: &Ticket) -> Result<()> {
         self.waits.gone(ticket).await
+    }
+
+    async fn clock(&self) -> Result<ServerClock> {
+        self.reader.clock().await
     }
 
     fn registry(&self) -> Registry {

@@ -7,17 +7,19 @@ use std::{
     collections::HashMap,
     hash::{Hash as _, Hasher as _},
     sync::Arc,
-    time::Duration,
+    time::{Duration, UNIX_EPOCH},
 };
 
+use hyper::StatusCode;
 use quorate_core::{
-    Entry, Key, KeyRange, LeaseId, Result, Revision, Snapshot, Watch, WatchEvent, WatchSender,
+    Entry, ErrorKind, Key, KeyRange, LeaseId, Result, Revision, ServerClock, Snapshot, Watch, WatchEvent, WatchSender,
     watch::{Lagged, WATCH_CAPACITY, channel},
 };
 use tokio::sync::watch as signal;
 
 use crate::{
     api::{Api, Found, How, Pair},
+    error::{Effect, error, refused},
     path::{Space, restore},
     wait::{Pause, next_index},
 };
@@ -53,6 +55,18 @@ impl Reader {
         // Consul sorts by stored key, which differs from the order of encoded names where it had to escape.
         entries.sort_unstable_by(|a, b| a.key.encoded().cmp(b.key.encoded()));
         Ok(Snapshot { entries, revision: Revision(index) })
+    }
+
+    /// The agent's clock, from the date of an answer that costs the servers nothing.
+    pub(crate) async fn clock(&self) -> Result<ServerClock> {
+        const OP: &str = "clock";
+        let answer = self.api.fetch("/v1/status/leader", None).await.map_err(|f| f.into_error(OP, Effect::Read))?;
+        if answer.status != StatusCode::OK {
+            return Err(refused(OP, Effect::Read, answer.status, &answer.body));
+        }
+        let since = answer.date.and_then(|date| date.duration_since(UNIX_EPOCH).ok());
+        let earliest = since.ok_or_else(|| error(ErrorKind::Unsupported, OP, "the agent's answer bears no date"))?;
+        Ok(ServerClock { earliest, latest: earliest + Duration::from_secs(1) })
     }
 
     async fn look(&self, target: &Target, how: How) -> Result<Snapshot> {

@@ -63,6 +63,10 @@ impl Options {
         self.login.is_some()
     }
 
+    pub(crate) fn tls(&self) -> Option<Tls> {
+        self.tls.clone()
+    }
+
     pub(crate) fn uses_tls(&self) -> bool {
         self.tls.is_some()
     }

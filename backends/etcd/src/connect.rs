@@ -94,6 +94,11 @@ impl Pool {
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The URI that calls go to now.
+    pub(crate) fn endpoint(&self) -> &str {
+        &self.options.uris[self.endpoints.pick()]
+    }
+
     fn current(&self) -> Arc<Link> {
         self.links()[self.endpoints.pick()].clone()
     }

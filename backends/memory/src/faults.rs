@@ -128,6 +128,14 @@ impl Faults {
         self.plan(verbs, calls, Action::LoseReply);
     }
 
+    /// Sets the store's wall clock this far ahead of the machine's; zero sets it right. It is seen by
+    /// [`Backend::clock`](quorate_core::Backend::clock) and by nothing else: leases go by tokio's clock.
+    pub fn set_clock(&self, ahead: Duration) {
+        if let Some(store) = self.store.upgrade() {
+            store.lock().clock_ahead = ahead;
+        }
+    }
+
     /// How many calls have yet to meet a fault that was asked for.
     pub fn pending(&self) -> usize {
         self.link.state().plans.iter().map(|plan| plan.left).sum()

@@ -57,7 +57,7 @@ use std::{
 use async_trait::async_trait;
 use quorate_core::{
     Backend, Commit, Config, Dir, Enqueue, Error, ErrorKind, Fencing, KeyRange, Lease, LeaseId, Line, Place, Profile,
-    Result, Snapshot, Ticket, Txn, Watch,
+    Result, ServerClock, Snapshot, Ticket, Txn, Watch,
     discovery::{JsonRecords, Registry},
 };
 use tokio::time::sleep_until;
@@ -86,6 +86,7 @@ const PROFILE: Profile = Profile {
     max_value: MAX_VALUE,
     max_txn: MAX_TXN,
     txn_leases: MAX_TXN,
+    clock: Some(Duration::from_micros(1)),
 };
 
 /// The named stores of this process. A store is kept alive by its clients only.
@@ -251,6 +252,10 @@ impl Backend for Memory {
             wait = self.store.lock().wait(&path, ticket);
         }
         Ok(())
+    }
+
+    async fn clock(&self) -> Result<ServerClock> {
+        self.call(Verb::Clock, &"server", |state| Ok(state.clock())).await
     }
 
     fn registry(&self) -> Registry {

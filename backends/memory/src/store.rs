@@ -10,11 +10,11 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use bytes::Bytes;
-use quorate_core::{Dir, Entry, Key, KeyRange, Lease, LeaseId, Revision, Snapshot};
+use quorate_core::{Dir, Entry, Key, KeyRange, Lease, LeaseId, Revision, ServerClock, Snapshot};
 use tokio::{
     sync::{Notify, futures::OwnedNotified},
     time::Instant,
@@ -66,6 +66,8 @@ pub(crate) struct State {
     sooner: Arc<Notify>,
     last_lease: u64,
     pub(crate) last_watch: u64,
+    /// By how much the store's wall clock is ahead of the machine's.
+    pub(crate) clock_ahead: Duration,
     /// How often a directory was emptied since the last time empty ones were dropped.
     emptied: usize,
 }
@@ -75,6 +77,7 @@ impl State {
         Self {
             now: Instant::now(),
             revision: 0,
+            clock_ahead: Duration::ZERO,
             directories: HashMap::new(),
             leases: BTreeMap::new(),
             deadlines: BTreeSet::new(),
@@ -83,6 +86,13 @@ impl State {
             last_watch: 0,
             emptied: 0,
         }
+    }
+
+    /// The wall clock of the store, which is the machine's unless it was set.
+    pub(crate) fn clock(&self) -> ServerClock {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default() + self.clock_ahead;
+        let earliest = Duration::from_micros(u64::try_from(since.as_micros()).unwrap_or(u64::MAX));
+        ServerClock { earliest, latest: earliest + Duration::from_micros(1) }
     }
 }
 

@@ -5,13 +5,13 @@
 
 use std::time::Duration;
 
-use quorate_core::{Error, ErrorKind, Lease, LeaseId, Result};
+use quorate_core::{Error, ErrorKind, Lease, LeaseId, Result, ServerClock};
 use redis::Value;
 
 use crate::{
     error::{Effect, NAME, unexpected},
     link::Server,
-    script::{Call, GRANT, RENEW, REVOKE, malformed},
+    script::{CLOCK, Call, GRANT, RENEW, REVOKE, malformed},
 };
 
 pub(crate) const MIN_TTL: Duration = Duration::from_millis(50);
@@ -33,6 +33,18 @@ pub(crate) async fn renew(server: &Server, lease: &LeaseId) -> Result<Duration> 
         Value::Int(millis) if millis > 0 => Ok(Duration::from_millis(millis.unsigned_abs())),
         Value::Int(_) => Err(ended("renew", lease)),
         _ => Err(unexpected("renew", &malformed("no number")).key(lease)),
+    }
+}
+
+/// The clock that the server's timers go by.
+pub(crate) async fn clock(server: &Server) -> Result<ServerClock> {
+    let call = Call::new(&CLOCK, &server.connector.keys);
+    match server.call("clock", Effect::Reads, &call).await? {
+        Value::Int(micros) => {
+            let earliest = Duration::from_micros(micros.unsigned_abs());
+            Ok(ServerClock { earliest, latest: earliest + Duration::from_micros(1) })
+        }
+        _ => Err(unexpected("clock", &malformed("no number"))),
     }
 }
 

@@ -107,8 +107,8 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use quorate_core::{
-    Backend, Commit, Config, Dir, Enqueue, Fencing, KeyRange, Lease, LeaseId, Line, Place, Profile, Result, Snapshot,
-    Ticket, Txn, Watch,
+    Backend, Commit, Config, Dir, Enqueue, Fencing, KeyRange, Lease, LeaseId, Line, Place, Profile, Result,
+    ServerClock, Snapshot, Ticket, Txn, Watch,
     discovery::{JsonRecords, Registry},
 };
 use tokio::task::JoinHandle;
@@ -197,6 +197,7 @@ fn profile(options: &Options) -> Profile {
         max_value: txn::MAX_VALUE,
         max_txn: txn::MAX_TXN,
         txn_leases: txn::MAX_TXN,
+        clock: Some(Duration::from_micros(1)),
     }
 }
 
@@ -244,6 +245,10 @@ impl Backend for Redis {
 
     async fn gone(&self, ticket: &Ticket) -> Result<()> {
         line::gone(&self.server, ticket).await
+    }
+
+    async fn clock(&self) -> Result<ServerClock> {
+        lease::clock(&self.server).await
     }
 
     fn registry(&self) -> Registry {

@@ -54,6 +54,7 @@ pub(crate) static HELLO: LazyLock<Script> =
     LazyLock::new(|| Script::of(&[REVISING, TICKETS, ENDS, include_str!("lua/hello.lua")]));
 pub(crate) static GRANT: LazyLock<Script> = LazyLock::new(|| Script::lean(include_str!("lua/grant.lua")));
 pub(crate) static RENEW: LazyLock<Script> = LazyLock::new(|| Script::lean(include_str!("lua/renew.lua")));
+pub(crate) static CLOCK: LazyLock<Script> = LazyLock::new(|| Script::of(&[include_str!("lua/clock.lua")]));
 pub(crate) static REVOKE: LazyLock<Script> = LazyLock::new(|| Script::full("true", include_str!("lua/revoke.lua")));
 pub(crate) static READ: LazyLock<Script> = LazyLock::new(|| Script::watching(include_str!("lua/read.lua")));
 pub(crate) static COMMIT: LazyLock<Script> =

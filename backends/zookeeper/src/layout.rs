@@ -52,6 +52,11 @@ impl Layout {
         format!("{}/.lease/{id}", self.root)
     }
 
+    /// A node that is there only within one transaction, for the time it carries.
+    pub(crate) fn clock(&self) -> String {
+        format!("{}/.clock", self.root)
+    }
+
     /// The node above.
     pub(crate) fn parent(path: &str) -> &str {
         path.rsplit_once('/').map_or("", |(parent, _)| parent)

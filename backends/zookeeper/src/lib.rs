@@ -23,6 +23,7 @@
 //! | `<namespace>/<line>/_c_<uuid>-lock-<sequence>` | a ticket, ephemeral; also `-__READ__` and `-__WRIT__` |
 //! | `<namespace>/.lease/<session>` | a lease that lives; writing to it asks its owner to close it |
 //! | `<namespace>/.gen/<2 hex>` | a generation, raised with every creation of a key that hashes to it |
+//! | `<namespace>/.clock` | there only within one transaction, which carries the leader's time home |
 //!
 //! A key is one child of its directory, whatever slashes its name has: `/` is stored as `%2F`. (Nested nodes would be
 //! the obvious mapping, but ephemeral nodes cannot have children, so `a` on a lease would forbid `a/b`.) A name that
@@ -91,7 +92,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use quorate_core::{
     Backend, Commit, Config, Dir, Enqueue, Fencing, KeyRange, Lease, LeaseId, Line, Place, Profile, Result, Revision,
-    Snapshot, Ticket, Txn, Watch, discovery::Registry,
+    ServerClock, Snapshot, Ticket, Txn, Watch, discovery::Registry,
 };
 use zookeeper_client as zk;
 
@@ -182,6 +183,7 @@ fn profile(min_ttl: Duration, max_ttl: Duration) -> Profile {
         max_value: 1024 * 1024 - 16 * 1024,
         max_txn: 64,
         txn_leases: 1,
+        clock: Some(Duration::from_millis(1)),
     }
 }
 
@@ -263,6 +265,10 @@ impl Backend for ZooKeeper {
 
     async fn gone(&self, ticket: &Ticket) -> Result<()> {
         line::gone(&self.inner, ticket).await
+    }
+
+    async fn clock(&self) -> Result<ServerClock> {
+        read::clock(&self.inner).await
     }
 
     fn registry(&self) -> Registry {

@@ -5,14 +5,20 @@
 //! as one multi-read that is repeated if a key came or went meanwhile; a larger one, or one that never rests, in
 //! pieces, of which each is that new.
 
+use std::time::Duration;
+
 use futures_util::future::join_all;
-use quorate_core::{Entry, Key, KeyRange, Revision, Snapshot};
+use quorate_core::{Entry, Error, Key, KeyRange, Revision, ServerClock, Snapshot};
 use zookeeper_client as zk;
 
 use crate::{
+    Inner,
     connect::Conn,
+    error::Call,
     layout::{self, Layout},
-    lease, revision,
+    lease,
+    multi::Multi,
+    revision,
     seen::{Known, Seen},
 };
 
@@ -36,6 +42,24 @@ pub(crate) async fn read(conn: &Conn, layout: &Layout, seen: &Seen, range: &KeyR
         KeyRange::One(key) => one(conn, layout, seen, key).await,
         KeyRange::Prefix { .. } => many(conn, layout, range).await,
     }
+}
+
+/// The leader's clock: it stamps every write as it takes it. A node that is created, written and deleted in one
+/// transaction carries the stamp home, and was never there for anybody else. What a server tells of itself without a write
+/// (`mntr`, the admin server) is closed by default or without a clock.
+pub(crate) async fn clock(inner: &Inner) -> Result<ServerClock, Error> {
+    let node = inner.settings.layout.clock();
+    // It leaves nothing, so a lost answer leaves no doubt.
+    let call = Call::read("clock", &node);
+    let conn = inner.base.conn(&call).await?;
+    let mut multi = Multi::new(&conn, inner.settings.acls());
+    multi.create(&node, b"", zk::CreateMode::Persistent);
+    multi.set(&node, b"", 0);
+    multi.delete(&node, 1);
+    let done = multi.commit(&call).await?.map_err(|refused| conn.failed(&call, refused.error))?;
+    let stamped = done.last_set().map_or(0, |stat| stat.mtime);
+    let earliest = Duration::from_millis(u64::try_from(stamped).unwrap_or(0));
+    Ok(ServerClock { earliest, latest: earliest + Duration::from_millis(1) })
 }
 
 async fn one(conn: &Conn, layout: &Layout, seen: &Seen, key: &Key) -> Result<Snapshot, zk::Error> {

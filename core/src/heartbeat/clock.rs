@@ -14,7 +14,7 @@
 use std::{
     collections::{HashMap, HashSet, VecDeque},
     sync::{Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use tokio::time::Instant;
@@ -23,31 +23,12 @@ use super::{
     Incarnation,
     record::{Echo, Heard},
 };
+use crate::clock::{ClockOffset, RoundTrip};
 
 /// How many exchanges a filter remembers.
 pub(super) const SAMPLES: usize = 8;
 /// How many of our own beats can still be echoed.
 const SENT: usize = 128;
-
-/// A round trip, minimum-filtered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RoundTrip {
-    /// The shortest of the last eight.
-    pub shortest: Duration,
-    /// The last one.
-    pub last: Duration,
-}
-
-/// How far a peer's wall clock is ahead of ours. For people; nothing is decided by it.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct ClockOffset {
-    /// Seconds; positive if the peer's clock is ahead.
-    pub ahead_seconds: f64,
-    /// The true offset lies within this of it: half the shortest round trip.
-    pub error: Duration,
-    /// The round trip between the peers, through the coordinator, without the time that the echo was held.
-    pub round_trip: RoundTrip,
-}
 
 /// The last samples of a round trip, each with what came of it.
 #[derive(Debug, Clone)]
@@ -183,12 +164,6 @@ impl Exchange {
     pub(super) fn is_failing(&self) -> bool {
         self.state().failing > 0
     }
-}
-
-/// This machine's wall clock, in microseconds since 1970.
-pub(super) fn wall_us() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -43,7 +43,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-pub use clock::{ClockOffset, RoundTrip};
+pub use crate::clock::{ClockOffset, RoundTrip};
 pub use monitor::{Detection, Monitor, MonitorOptions, PeerEvents};
 pub use peers::{Cause, PeerEvent, PeerState, PeerStatus};
 pub use publisher::{Publisher, PublisherState, PublisherStatus};

@@ -19,7 +19,7 @@ use tokio::{
 
 use super::{
     Death, PeerEvent, PeerStatus, Recovery, RoundTrip, Shared, as_read,
-    clock::{MinFilter, wall_us},
+    clock::MinFilter,
     peers::{Found, Peers},
     record::{Heard, Ledger, decode},
 };
@@ -414,7 +414,7 @@ impl Watcher {
     fn heard(&self, entry: &Entry, found: Found, now: Instant) {
         let Some(heard) = Heard::of(entry) else { return };
         if self.view.peers().record(heard.clone(), found, now) {
-            self.shared.exchange.heard(&heard, now, wall_us());
+            self.shared.exchange.heard(&heard, now, crate::clock::wall_us());
         }
     }
 

@@ -13,7 +13,7 @@ use tokio::{
 
 use super::{
     Incarnation, RoundTrip, Shared, as_read,
-    clock::{MinFilter, wall_us},
+    clock::MinFilter,
     put_txn,
     record::{Beat, Heard, encode},
     stopped,
@@ -337,7 +337,7 @@ impl Run {
             incarnation: incarnation.map(Incarnation::get),
             seq: self.seq,
             every_ms: u64::try_from(self.every.as_millis()).unwrap_or(u64::MAX).max(1),
-            sent_us: wall_us(),
+            sent_us: crate::clock::wall_us(),
             payload: self.payload.clone(),
             echo: self.shared.exchange.echo(&self.peer, sent),
             convicted: false,

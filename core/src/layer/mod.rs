@@ -23,7 +23,10 @@ pub use retry::Retry;
 pub use timeout::Timeout;
 
 use crate::{
-    backend::{Backend, Commit, Enqueue, Entry, Lease, LeaseId, Line, Place, Profile, Snapshot, Ticket, Txn, Write},
+    backend::{
+        Backend, Commit, Enqueue, Entry, Lease, LeaseId, Line, Place, Profile, ServerClock, Snapshot, Ticket, Txn,
+        Write,
+    },
     discovery::{Catalog, Instance, Registry},
     error::Result,
     key::{Dir, KeyRange},
@@ -45,11 +48,12 @@ pub enum Verb {
     Look,
     Line,
     Gone,
+    Clock,
 }
 
 impl Verb {
     /// Every verb.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Grant,
         Self::Renew,
         Self::Revoke,
@@ -60,6 +64,7 @@ impl Verb {
         Self::Look,
         Self::Line,
         Self::Gone,
+        Self::Clock,
     ];
 
     /// The method's name.
@@ -75,6 +80,7 @@ impl Verb {
             Self::Look => "look",
             Self::Line => "line",
             Self::Gone => "gone",
+            Self::Clock => "clock",
         }
     }
 
@@ -191,6 +197,10 @@ impl<W: Wrap> Backend for Layered<W> {
 
     async fn gone(&self, ticket: &Ticket) -> Result<()> {
         self.wrap.call(self.op(Verb::Gone, ticket), || self.inner.gone(ticket)).await
+    }
+
+    async fn clock(&self) -> Result<ServerClock> {
+        self.wrap.call(self.op(Verb::Clock, &"server"), || self.inner.clock()).await
     }
 
     fn registry(&self) -> Registry {

@@ -189,6 +189,7 @@ async fn tls_with_a_client_certificate_carries_calls_and_streams() {
     let lease = lease(&etcd).await;
     etcd.renew(&lease).await.unwrap();
     assert_eq!(value(&etcd, "a").await.as_deref(), Some(&b"1"[..]));
+    etcd.clock().await.expect("the HTTP side is asked over TLS, with the same certificate");
 }
 
 /// A server that does not like the client's certificate closes the connection after the handshake; whether its

@@ -9,7 +9,8 @@ use std::{
 use async_trait::async_trait;
 use quorate_core::{
     Backend, Check, Commit, Dir, Enqueue, Error, ErrorKind, Front, Key, KeyRange, Lease, LeaseId, Line, Nonce, Place,
-    Profile, Result, Revision, Snapshot, Ticket, TicketKind, Txn, Watch, WatchEvent, Write, watch::channel,
+    Profile, Result, Revision, ServerClock, Snapshot, Ticket, TicketKind, Txn, Watch, WatchEvent, Write,
+    watch::channel,
 };
 use quorate_memory::Memory;
 use tokio::{sync::Notify, time::sleep};
@@ -38,6 +39,9 @@ pub(crate) enum Flaw {
     WatchLosesWhatIsTooMuch,
     WatchTellsOfNeighbours,
     WatchMissesDeletions,
+    ClockIsMinutesOff,
+    ClockRunsBack,
+    ClockIsCoarserThanSaid,
     LeasesEndEarly,
     LeasesEndLate,
     LeasesNeverEnd,
@@ -82,6 +86,7 @@ pub(crate) struct Shared {
     old: Mutex<HashMap<KeyRange, Snapshot>>,
     tokens: Mutex<HashMap<Dir, Vec<u64>>>,
     granted: Mutex<Option<Lease>>,
+    clock: Mutex<Duration>,
 }
 
 #[derive(Debug)]
@@ -456,6 +461,22 @@ impl Backend for Flawed {
             _ => self.inner.gone(ticket).await,
         }
     }
+    async fn clock(&self) -> Result<ServerClock> {
+        let clock = self.inner.clock().await?;
+        let shifted = |by: Duration| ServerClock { earliest: clock.earliest - by, latest: clock.latest - by };
+        Ok(match self.flaw {
+            Some(ClockIsMinutesOff) => shifted(Duration::from_secs(120)),
+            // Every answer is a second older than the one before.
+            Some(ClockRunsBack) => {
+                let mut asked = self.shared.clock.lock().unwrap();
+                *asked += Duration::from_secs(1);
+                shifted(*asked)
+            }
+            Some(ClockIsCoarserThanSaid) => ServerClock { latest: clock.latest + Duration::from_millis(1), ..clock },
+            _ => clock,
+        })
+    }
+
     fn registry(&self) -> quorate_core::discovery::Registry {
         self.inner.registry()
     }

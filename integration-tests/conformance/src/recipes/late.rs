@@ -12,8 +12,8 @@ use std::{
 
 use async_trait::async_trait;
 use quorate_core::{
-    Backend, Commit, Dir, Enqueue, Error, ErrorKind, KeyRange, Lease, LeaseId, Line, Place, Profile, Result, Snapshot,
-    Ticket, Txn, Watch,
+    Backend, Commit, Dir, Enqueue, Error, ErrorKind, KeyRange, Lease, LeaseId, Line, Place, Profile, Result,
+    ServerClock, Snapshot, Ticket, Txn, Watch,
 };
 use tokio::time::{Instant, sleep};
 
@@ -114,6 +114,9 @@ impl Backend for Slow {
     }
     async fn gone(&self, ticket: &Ticket) -> Result<()> {
         self.inner.gone(ticket).await
+    }
+    async fn clock(&self) -> Result<ServerClock> {
+        self.inner.clock().await
     }
     fn registry(&self) -> quorate_core::discovery::Registry {
         self.inner.registry()

@@ -11,6 +11,7 @@ mod atomic_script;
 mod book;
 mod cancel;
 mod chaos;
+mod clock;
 mod counting;
 mod discovery;
 mod election;
@@ -46,6 +47,7 @@ pub(crate) fn cases() -> Vec<Case> {
         cancel::cases(),
         chaos::cases(),
         counting::cases(),
+        clock::cases(),
         late::cases(),
         stm::cases(),
         histories::cases(),

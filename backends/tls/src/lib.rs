@@ -1,18 +1,36 @@
-//! TLS: whom to trust and how to show who we are.
+//! TLS for the backends that speak HTTP by themselves: whom to trust and how to show who we are.
 //!
-//! Promise: the crypto provider is given by name (aws-lc), so nothing depends on a process-wide default.
+//! Promise: the crypto provider is given by name (aws-lc), so nothing depends on a process-wide default; an error names
+//! the file that is wrong, and never what is in it.
 
 use std::{path::Path, sync::Arc};
 
-use quorate_core::{Config, Result};
+use quorate_core::{Error, Result, Tls};
 use rustls::{ClientConfig, ConfigBuilder, RootCertStore, WantsVerifier, crypto::aws_lc_rs};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 
-use crate::config::bad;
+/// The client's TLS configuration; the files are read now, blocking. `backend` is named in errors.
+///
+/// # Errors
+/// `InvalidInput` if a file cannot be read, holds nothing fitting, or certificate and key do not belong together.
+pub fn client(tls: &Tls, backend: &'static str) -> Result<ClientConfig> {
+    build(tls).map_err(|error| error.on(backend))
+}
 
-/// The client's TLS configuration; the files are read now.
-pub(crate) fn client(config: &Config) -> Result<ClientConfig> {
-    let tls = config.tls.clone().unwrap_or_default();
+/// A configuration that trusts nobody, for the connector of a client that never uses TLS.
+///
+/// # Errors
+/// `InvalidInput` if the provider has no safe protocol version.
+pub fn unused(backend: &'static str) -> Result<ClientConfig> {
+    let builder = builder().map_err(|error| error.on(backend))?;
+    Ok(builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth())
+}
+
+fn bad(message: impl Into<String>) -> Error {
+    Error::invalid("connect", message.into())
+}
+
+fn build(tls: &Tls) -> Result<ClientConfig> {
     let builder = builder()?.with_root_certificates(roots(tls.ca.as_deref())?);
     match (&tls.cert, &tls.key) {
         (Some(cert), Some(key)) => {
@@ -24,11 +42,6 @@ pub(crate) fn client(config: &Config) -> Result<ClientConfig> {
         }
         _ => Ok(builder.with_no_client_auth()),
     }
-}
-
-/// A configuration that trusts nobody, for the connector of a client that never uses TLS.
-pub(crate) fn unused() -> Result<ClientConfig> {
-    Ok(builder()?.with_root_certificates(RootCertStore::empty()).with_no_client_auth())
 }
 
 fn builder() -> Result<ConfigBuilder<ClientConfig, WantsVerifier>> {

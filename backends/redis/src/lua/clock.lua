@@ -1,0 +1,2 @@
+-- Answers this server's clock in microseconds.
+return now
