@@ -220,6 +220,26 @@ async fn on_agent(api: &Api, id: &str, agent: usize) -> Result<Option<Service>> 
     }
 }
 
+/// Whether a check on that agent is there and not critical.
+async fn is_vouched_for(api: &Api, agent: usize, check: &str) -> Result<bool> {
+    const OP: &str = "look up";
+    let filter = url(&format!("CheckID == \"{check}\"")).to_string();
+    let answer = api.fetch(format!("/v1/agent/checks?filter={filter}"), Some(agent)).await;
+    let answer = answer.map_err(|f| f.into_error(OP, Effect::Read).key(check))?;
+    if answer.status != StatusCode::OK {
+        return Err(refused(OP, Effect::Read, answer.status, &answer.body).key(check));
+    }
+    let found: HashMap<String, AgentCheck> = serde_json::from_slice(&answer.body)
+        .map_err(|e| error(ErrorKind::Backend, OP, "the answer lists no checks").key(check).because(e))?;
+    Ok(found.get(check).is_some_and(|check| check.status != "critical"))
+}
+
+#[derive(Deserialize)]
+struct AgentCheck {
+    #[serde(rename = "Status")]
+    status: String,
+}
+
 #[async_trait]
 impl Catalog for Services {
     async fn publish(&self, lease: &LeaseId, instance: &Instance) -> Result<()> {
@@ -248,11 +268,18 @@ impl Catalog for Services {
     async fn find(&self, lease: &LeaseId, service: &str, id: &str) -> Result<Option<Entry>> {
         // Where it would be written: on another agent it could not be seen.
         let (agent, _) = self.leases.home(lease).ok_or_else(|| session_lost("look up", lease))?;
-        let Some(found) = on_agent(&self.reader.api, &self.id(service, id), agent).await? else { return Ok(None) };
+        let on_agent = on_agent(&self.reader.api, &self.id(service, id), agent).await?;
+        let Some(found) = on_agent else { return Ok(None) };
         let key = Key::new(&service_dir(service)?, id)?;
-        let lease = lease_of(&found);
+        let owner = lease_of(&found);
+        // The agent keeps the service of a dead owner for a minute; nobody finds it any more.
+        if let Some(owner) = owner.as_ref().filter(|owner| *owner != lease)
+            && !is_vouched_for(&self.reader.api, agent, &check_id(owner, &found.id)).await?
+        {
+            return Ok(None);
+        }
         let value = record_of(&found).unwrap_or_default().into();
-        Ok(Some(Entry { key, value, created: Revision(0), modified: Revision(0), lease }))
+        Ok(Some(Entry { key, value, created: Revision(0), modified: Revision(0), lease: owner }))
     }
 
     async fn watch(&self, service: &str) -> Result<Watch> {

@@ -43,13 +43,13 @@ cases!("discovery":
 );
 
 /// At once what the server shows: the cases do not wait for what may come back.
-async fn follow(coord: &Coordinator, service: &str) -> Service {
+pub(super) async fn follow(coord: &Coordinator, service: &str) -> Service {
     let mut options = DiscoverOptions::default();
     options.linger = Duration::ZERO;
     coord.discover_with(service, &options).await.expect("a service can be followed")
 }
 
-async fn until(service: &Service, what: &str, condition: impl FnMut(&Instances) -> bool) -> Instances {
+pub(super) async fn until(service: &Service, what: &str, condition: impl FnMut(&Instances) -> bool) -> Instances {
     within(SOON, what, service.until(condition)).await
 }
 
@@ -57,7 +57,7 @@ fn ids(instances: &Instances) -> Vec<String> {
     instances.iter().map(|instance| instance.id.clone()).collect()
 }
 
-async fn registered(coord: &Coordinator, instance: Instance) -> quorate_core::discovery::Registration {
+pub(super) async fn registered(coord: &Coordinator, instance: Instance) -> quorate_core::discovery::Registration {
     let registration = coord.register(instance).expect("it may be registered");
     within(SOON, "the registration", registration.ready()).await.expect("nobody objects");
     registration

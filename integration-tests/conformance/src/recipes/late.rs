@@ -12,8 +12,9 @@ use std::{
 
 use async_trait::async_trait;
 use quorate_core::{
-    Backend, Commit, Dir, Enqueue, Error, ErrorKind, KeyRange, Lease, LeaseId, Line, Place, Profile, Result,
+    Backend, Commit, Dir, Enqueue, Entry, Error, ErrorKind, KeyRange, Lease, LeaseId, Line, Place, Profile, Result,
     ServerClock, Snapshot, Ticket, Txn, Watch,
+    discovery::{Catalog, Instance, Registry},
 };
 use tokio::time::{Instant, sleep};
 
@@ -38,18 +39,19 @@ const LATE: Duration = Duration::from_millis(600);
 pub(super) struct Slow {
     inner: Arc<dyn Backend>,
     joins: AtomicUsize,
-    commits: AtomicUsize,
+    commits: Arc<AtomicUsize>,
     landed: Arc<AtomicUsize>,
 }
 
 impl Slow {
     async fn over(clients: &Arc<dyn Clients>, joins: usize) -> Arc<Self> {
         let (inner, joins) = (client(clients).await, AtomicUsize::new(joins));
-        Arc::new(Self { inner, joins, commits: AtomicUsize::default(), landed: Arc::default() })
+        Arc::new(Self { inner, joins, commits: Arc::default(), landed: Arc::default() })
     }
 
+    /// Publishing in a catalog counts as a commit.
     pub(super) async fn commits(clients: &Arc<dyn Clients>, commits: usize) -> Arc<Self> {
-        let (inner, commits) = (client(clients).await, AtomicUsize::new(commits));
+        let (inner, commits) = (client(clients).await, Arc::new(AtomicUsize::new(commits)));
         Arc::new(Self { inner, joins: AtomicUsize::default(), commits, landed: Arc::default() })
     }
 
@@ -118,8 +120,47 @@ impl Backend for Slow {
     async fn clock(&self) -> Result<ServerClock> {
         self.inner.clock().await
     }
-    fn registry(&self) -> quorate_core::discovery::Registry {
-        self.inner.registry()
+    fn registry(&self) -> Registry {
+        match self.inner.registry() {
+            Registry::Native(inner) => {
+                let (commits, landed) = (self.commits.clone(), self.landed.clone());
+                Registry::Native(Arc::new(SlowCatalog { inner, commits, landed }))
+            }
+            keys @ Registry::Keys(_) => keys,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct SlowCatalog {
+    inner: Arc<dyn Catalog>,
+    commits: Arc<AtomicUsize>,
+    landed: Arc<AtomicUsize>,
+}
+
+#[async_trait]
+impl Catalog for SlowCatalog {
+    async fn publish(&self, lease: &LeaseId, instance: &Instance) -> Result<()> {
+        if !one_of(&self.commits) {
+            return self.inner.publish(lease, instance).await;
+        }
+        let (inner, lease, instance, landed) =
+            (self.inner.clone(), lease.clone(), instance.clone(), self.landed.clone());
+        tokio::spawn(async move {
+            sleep(LATE).await;
+            let _ = inner.publish(&lease, &instance).await;
+            landed.fetch_add(1, Ordering::AcqRel);
+        });
+        Err(Error::new(ErrorKind::Ambiguous, "register", "given up on purpose"))
+    }
+    async fn withdraw(&self, lease: &LeaseId, instance: &Instance) -> Result<()> {
+        self.inner.withdraw(lease, instance).await
+    }
+    async fn find(&self, lease: &LeaseId, service: &str, id: &str) -> Result<Option<Entry>> {
+        self.inner.find(lease, service, id).await
+    }
+    async fn watch(&self, service: &str) -> Result<Watch> {
+        self.inner.watch(service).await
     }
 }
 

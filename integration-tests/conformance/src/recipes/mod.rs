@@ -28,6 +28,7 @@ mod locks;
 mod loss;
 mod partition;
 mod recovery;
+mod registrations;
 mod sessions;
 mod stm;
 
@@ -52,6 +53,7 @@ pub(crate) fn cases() -> Vec<Case> {
         stm::cases(),
         histories::cases(),
         discovery::cases(),
+        registrations::cases(),
         group::cases(),
         partition::cases(),
         heartbeat::cases(),
