@@ -35,7 +35,7 @@ pub fn options() -> MonitorOptions {
 }
 
 /// What a death takes by the options: interval, pause, grace; two ticks and a read are on top.
-const NOMINAL: Duration = Duration::from_millis(4200);
+pub(crate) const NOMINAL: Duration = Duration::from_millis(4200);
 const PATIENCE: Duration = Duration::from_secs(30);
 
 async fn dead(monitor: &mut Monitor, peer: &str) -> (Incarnation, Cause) {

@@ -9,6 +9,7 @@ pub mod bank;
 pub mod commit;
 pub mod gray;
 pub mod heartbeats;
+pub mod jitter;
 pub mod leaders;
 pub mod outage;
 pub mod process;

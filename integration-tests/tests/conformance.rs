@@ -14,7 +14,7 @@ use std::{
 use libtest_mimic::{Arguments, Failed, Trial};
 use quorate_conformance::{Case, Outcome, limit, recipe_cases, run_case, waist_cases};
 use quorate_integration_tests::{
-    SiteCase, actor, commit, gray, heartbeats, leaders, outage, process, registry,
+    SiteCase, actor, commit, gray, heartbeats, jitter, leaders, outage, process, registry,
     site::{BACKENDS, Site, SiteClients},
 };
 use tokio::runtime::{Handle, Runtime};
@@ -99,7 +99,8 @@ fn site_cases(runtime: &Runtime, results: &Results, backend: &'static str, start
         false => [process::cases(), heartbeats::cases(), leaders::cases(), commit::kills::cases()].concat(),
     };
     let ways = if external { Vec::new() } else { gray::cases() };
-    let shared = [processes, ways].concat();
+    let proxies = if memory || external { Vec::new() } else { jitter::cases() };
+    let shared = [processes, ways, proxies].concat();
     let cases = shared.into_iter().map(|c| (c, false)).chain(outages.into_iter().map(|c| (c, true)));
     cases
         .map(|(case, own_server): (SiteCase, bool)| {

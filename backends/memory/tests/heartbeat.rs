@@ -9,12 +9,13 @@ use std::{
 };
 
 use quorate_core::{
-    Coordinator, Dir, ErrorKind, KeyRange, SessionOptions, WatchEvent,
+    Coordinator, Dir, ErrorKind, KeyRange, Result, SessionOptions, WatchEvent,
     detect::{Deadline, Detector},
     heartbeat::{Detection, Monitor, MonitorOptions, PeerEvent, PeerState, Publisher, PublisherState},
-    layer::{Chaos, Fault, Rule, Stack, Verb},
+    layer::{Chaos, Fault, Op, Rule, Stack, Verb, Wrap},
 };
 use quorate_memory::Memory;
+use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use tokio::time::{Instant, advance, sleep, timeout};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -260,6 +261,68 @@ async fn lost_beats_convict_live_peers_no_more_often_than_nine_are_lost_in_a_row
         assert!(dead <= most, "{dead} deaths of live peers");
         if loss == 0.0 || retried {
             assert_eq!(suspected, 0);
+        }
+    }
+}
+
+/// Holds every call up on its way there, mostly for some tens of milliseconds and sometimes for seconds.
+#[derive(Debug)]
+struct Jitter(Mutex<StdRng>);
+
+impl Jitter {
+    fn next(&self) -> Duration {
+        let mut rng = self.0.lock().unwrap();
+        if rng.random_bool(0.001) {
+            return Duration::from_millis(rng.random_range(1000..4000));
+        }
+        let tail: f64 = (0..4).map(|_| rng.random_range(0.2..3.0)).product();
+        (Duration::from_millis(30).mul_f64(tail)).min(SECOND)
+    }
+}
+
+impl Wrap for Jitter {
+    async fn call<'a, T, F, Fut>(&'a self, _: Op<'a>, call: F) -> Result<T>
+    where
+        T: Send + 'a,
+        F: Fn() -> Fut + Send + Sync + 'a,
+        Fut: Future<Output = Result<T>> + Send + 'a,
+    {
+        sleep(self.next()).await;
+        call().await
+    }
+}
+
+/// P15: mistakes per node-hour with beats that are late, ten virtual node-hours each.
+#[tokio::test(start_paused = true)]
+async fn late_beats_convict_nobody_and_are_seldom_suspect() {
+    const PEERS: usize = 10;
+    let deadline = |ms| Detection::Deadline { acceptable_pause: Duration::from_millis(ms) };
+    // One call in a thousand is held up for up to 4 s; the publisher does not wait that long and beats again.
+    for (name, detection, most) in [
+        ("phi", MonitorOptions::default().detection, 3),
+        ("deadline 3 s", deadline(3000), 3),
+        ("deadline 300 ms", deadline(300), usize::MAX),
+    ] {
+        let memory = Memory::new();
+        let options = MonitorOptions { detection, ..MonitorOptions::default() };
+        let mut monitor = coord(&memory).heartbeat("g").monitor(options).unwrap();
+        let mut publishers = Vec::new();
+        for i in 0..PEERS {
+            let jitter = Jitter(Mutex::new(StdRng::seed_from_u64(i as u64)));
+            let backend = Stack::new(Arc::new(memory.client())).with(jitter).standard(10 * SECOND).build();
+            let coord = Coordinator::new(backend, SessionOptions::default());
+            publishers.push(coord.heartbeat("g").beat(&format!("p{i}"), SECOND).unwrap());
+        }
+        let mut events = Vec::new();
+        for _ in 0..6 {
+            events.extend(told(&mut monitor, HOUR / 6).await);
+        }
+        let (suspected, dead) = (suspects(&events), deaths(&events));
+        println!("{name}: {} suspicions of live peers per node-hour, {dead} deaths", suspected as f64 / PEERS as f64);
+        assert_eq!(dead, 0);
+        assert!(suspected <= most, "{name}: {suspected}");
+        if most == usize::MAX {
+            assert!(suspected > 100, "void: the jitter was not felt");
         }
     }
 }
