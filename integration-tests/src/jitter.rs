@@ -2,10 +2,7 @@
 //!
 //! Promise: as for [`process`](crate::process). Every peer, and every monitor, has a proxy of its own before the real server.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant as WallInstant},
-};
+use std::{sync::Arc, time::Duration};
 
 use quorate::{
     detect::PhiOptions,
@@ -110,8 +107,8 @@ async fn jitter_convicts_nobody_and_hides_no_death(site: Arc<Site>) {
     for (i, proxy) in proxies.into_iter().enumerate() {
         weather.spawn(storm(proxy, StdRng::seed_from_u64(seed.wrapping_add(i as u64))));
     }
-    let (began, until) = (WallInstant::now(), Instant::now() + STORM);
-    let listening = monitors.iter_mut().map(|(_, monitor)| listen(monitor, until));
+    let began = Instant::now();
+    let listening = monitors.iter_mut().map(|(_, monitor)| listen(monitor, began + STORM));
     let told = futures_util::future::join_all(listening).await;
     let hours = began.elapsed().as_secs_f64() / 3600.0 * PEERS as f64;
     for ((name, _), told) in monitors.iter().zip(&told) {

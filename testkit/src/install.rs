@@ -55,6 +55,8 @@ pub(crate) const CONSUL: Missing = Missing {
     packages: &["consul"],
     note: "in Debian up to bullseye; on a newer release from a bullseye source pinned to this one package",
 };
+/// Asks Consul's DNS, as any other host would.
+const DIG: Missing = program("dig", &["bind9-dnsutils"]);
 pub(crate) const JAVA: Missing = program("java", &["default-jre-headless"]);
 const ZOOKEEPER: Missing = program("/usr/share/java/zookeeper.jar", &["zookeeper"]);
 const LOGGER: Missing = program("/usr/share/java/slf4j-simple.jar", &["libslf4j-java"]);
@@ -71,12 +73,13 @@ pub(crate) const PYTHON: Missing = program("python3", &["python3", "python3-venv
 const VENV: Missing =
     Missing { what: "ensurepip", packages: &["python3-venv"], note: "a module of python3; pip does as well" };
 
-const ALL: [Missing; 16] = [
+const ALL: [Missing; 17] = [
     ETCD,
     ETCDCTL,
     REDIS,
     SENTINEL,
     CONSUL,
+    DIG,
     JAVA,
     ZOOKEEPER,
     LOGGER,

@@ -16,6 +16,8 @@ pub struct ConsulOptions {
     pub session_ttl_min: Duration,
     /// `http_max_conns_per_client`: how many connections it takes from one address.
     pub connections: u32,
+    /// Serves DNS on this loopback port, over UDP and TCP.
+    pub dns: Option<u16>,
     /// Turns access control on, denies by default, and gives this token all rights. Consul wants a UUID.
     pub token: Option<Secret>,
     /// Serves HTTPS on the client port and asks every client for its certificate.
@@ -23,9 +25,9 @@ pub struct ConsulOptions {
 }
 
 impl Default for ConsulOptions {
-    /// Consul's own defaults of 10 s for the shortest session and 200 connections, no access control, no TLS.
+    /// Consul's own defaults of 10 s for the shortest session and 200 connections, no DNS, no access control, no TLS.
     fn default() -> Self {
-        Self { session_ttl_min: Duration::from_secs(10), connections: 200, token: None, tls: None }
+        Self { session_ttl_min: Duration::from_secs(10), connections: 200, dns: None, token: None, tls: None }
     }
 }
 
@@ -100,7 +102,7 @@ impl Agent {
             "ports": {
                 // Plain text also beside HTTPS, so that readiness can always be asked.
                 "http": self.http.number(), "https": https, "server": self.server.number(),
-                "serf_lan": self.serf.number(), "serf_wan": -1, "dns": -1, "grpc": -1,
+                "serf_lan": self.serf.number(), "serf_wan": -1, "dns": options.dns.map_or(-1, i32::from), "grpc": -1,
             },
             "performance": { "raft_multiplier": 1 },
             "limits": { "http_max_conns_per_client": options.connections },

@@ -60,6 +60,51 @@ async fn consuls_own_clients_see_our_instances() {
     assert_eq!(raw_json(server.addr(), "/v1/health/service/orders").await.as_array().map(Vec::len), Some(0));
 }
 
+async fn dig(port: u16, arguments: &[&str]) -> String {
+    let port = port.to_string();
+    let common = ["@127.0.0.1", "-p", &port, "+short", "+tries=5", "+time=2"];
+    let output = Command::new("dig").args(common).args(arguments).output().await.expect("the program dig is installed");
+    assert!(output.status.success(), "{arguments:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Whoever knows nothing of quorate nor of Consul finds our instances by DNS.
+#[tokio::test]
+async fn dns_answers_with_our_living_instances_and_with_no_others() {
+    let port = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let server = servers::Consul::start(ConsulOptions { dns: Some(port), ..ConsulOptions::default() }).await.unwrap();
+    let way = FaultProxy::start(server.addr()).await.unwrap();
+    let (a, b) = (coord(server.addr(), Duration::from_secs(10)).await, coord(way.addr(), Duration::from_secs(2)).await);
+    let one = a.register(Instance::new("orders", "10.0.0.7:8080").id("1").tag("v2").weight(3)).unwrap();
+    let two = b.register(Instance::new("orders", "10.0.0.8:8081").id("2").weight(5)).unwrap();
+    for registration in [&one, &two] {
+        timeout(LONG, registration.ready()).await.expect("in time").unwrap();
+    }
+    let sorted = |answer: String| {
+        let mut lines: Vec<_> = answer.lines().map(str::to_owned).collect();
+        lines.sort_unstable();
+        lines
+    };
+    let addresses = async || sorted(dig(port, &["A", "orders.service.consul"]).await);
+    assert_eq!(addresses().await, ["10.0.0.7", "10.0.0.8"]);
+    // Priority, weight, port, name.
+    let services = sorted(dig(port, &["SRV", "orders.service.consul"]).await);
+    let numbers: Vec<_> =
+        services.iter().filter_map(|line| line.rsplit_once(' ').map(|(numbers, _)| numbers)).collect();
+    assert_eq!(numbers, ["1 3 8080", "1 5 8081"], "{services:?}");
+    assert_eq!(sorted(dig(port, &["A", "v2.orders.service.consul"]).await), ["10.0.0.7"], "by tag");
+    assert_eq!(dig(port, &["A", "bills.service.consul"]).await, "");
+    // Nothing renews the second one's session any more.
+    way.cut().await;
+    let end = Instant::now() + LONG;
+    while addresses().await != ["10.0.0.7"] {
+        assert!(Instant::now() < end, "a dead instance is still answered: {:?}", addresses().await);
+        sleep(Duration::from_millis(50)).await;
+    }
+    one.close().await.unwrap();
+    assert_eq!(addresses().await, [""; 0]);
+}
+
 #[tokio::test]
 async fn instances_of_others_are_found_with_the_health_of_their_checks() {
     let server = server().await;
