@@ -232,12 +232,13 @@ async fn a_killed_member_is_told_to_have_left_once(site: Arc<Site>) {
 /// Cases that kill the server.
 pub mod outage {
     use super::{
-        Arc, AtomicUsize, ControlFlow, Coordinator, Duration, Instant, Mutex, Ordering, Outcome, Site, connect, sleep,
-        timeout,
+        Arc, AtomicUsize, ControlFlow, Coordinator, Duration, Instant, Mutex, Ordering, Outcome, Share, Site, connect,
+        sleep, timeout,
     };
 
     crate::cases!("leaders_outage":
         work_of_leaders_never_meets_while_the_server_is_killed_and_restarted,
+        partitions_have_one_owner_each_while_the_server_is_killed_and_restarted,
     );
 
     /// What the work of all leaders has seen.
@@ -336,6 +337,115 @@ pub mod outage {
                 assert_eq!(meetings, 0, "two leaders at work at the same time");
                 Outcome::Passed
             }
+        }
+    }
+
+    const PARTITIONS: u32 = 8;
+    const MEMBERS: usize = 3;
+
+    /// What the owners of all partitions have seen.
+    #[derive(Debug, Default)]
+    struct Floor {
+        offices: [Arc<Office>; PARTITIONS as usize],
+        /// How many each member works on.
+        shares: [AtomicUsize; MEMBERS],
+    }
+
+    /// One less for that member, also if its work is dropped.
+    struct Counted(Arc<Floor>, usize);
+
+    impl Drop for Counted {
+        fn drop(&mut self) {
+            self.0.shares[self.1].fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    impl Floor {
+        fn owned(&self) -> usize {
+            self.offices.iter().map(|office| office.inside.load(Ordering::Acquire)).sum()
+        }
+
+        /// How many owners there have been.
+        fn owners(&self) -> usize {
+            self.offices.iter().map(|office| office.terms.lock().expect("no poison").len()).sum()
+        }
+
+        fn meetings(&self) -> usize {
+            self.offices.iter().map(|office| office.meetings.load(Ordering::Acquire)).sum()
+        }
+    }
+
+    /// Works on whatever it is given, until that is taken back.
+    async fn member(mut share: Share, floor: Arc<Floor>, member: usize) {
+        loop {
+            let partition = share.next().await;
+            let floor = floor.clone();
+            tokio::spawn(async move {
+                let term = partition.token().get();
+                let work = async {
+                    let _inside = floor.offices[partition.index() as usize].enter(term);
+                    floor.shares[member].fetch_add(1, Ordering::AcqRel);
+                    let _counted = Counted(floor.clone(), member);
+                    std::future::pending::<()>().await;
+                };
+                let _ = partition.run(work).await;
+            });
+        }
+    }
+
+    /// Ends when every partition is worked on and the numbers that members own differ by at most one.
+    async fn until_spread(floor: &Floor) {
+        let started = Instant::now();
+        loop {
+            let mut shares = floor.shares.each_ref().map(|share| share.load(Ordering::Acquire));
+            shares.sort_unstable();
+            if shares == [2, 3, 3] && floor.owned() == PARTITIONS as usize {
+                return;
+            }
+            assert!(started.elapsed() < Duration::from_secs(40), "{} owned, {shares:?}", floor.owned());
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    async fn partitions_have_one_owner_each_while_the_server_is_killed_and_restarted(site: Arc<Site>) -> Outcome {
+        let config = site.config();
+        let floor = Arc::new(Floor::default());
+        let (mut running, mut coords) = (tokio::task::JoinSet::new(), Vec::new());
+        for i in 0..MEMBERS {
+            let coord = connect(&config).await;
+            let share = coord.partitions("jobs", PARTITIONS).join(&i.to_string()).await.expect("it may join");
+            running.spawn(member(share, floor.clone(), i));
+            coords.push(coord);
+        }
+        until_spread(&floor).await;
+        for down in [Duration::ZERO, site.ttl().mul_f64(1.5)] {
+            let before = floor.owners();
+            site.server().kill().await.expect("killed");
+            sleep(down).await;
+            let begun = Instant::now();
+            site.server().restart().await.expect("up again");
+            let ready = begun.elapsed();
+            until_spread(&floor).await;
+            println!(
+                "      {}: down for {down:?} and {ready:?}; all owned {:?} after the start, {} by a later owner",
+                site.backend,
+                begun.elapsed(),
+                floor.owners() - before
+            );
+        }
+        running.shutdown().await;
+        for coord in coords {
+            let _ = timeout(Duration::from_secs(5), coord.close()).await;
+        }
+        for office in &floor.offices {
+            let terms = office.terms.lock().expect("no poison").clone();
+            assert!(terms.windows(2).all(|pair| pair[0] < pair[1]), "tokens do not rise: {terms:?}");
+        }
+        let probe = connect(&site.config()).await;
+        match (probe.profile().early_end, floor.meetings()) {
+            (_, 0) => Outcome::Passed,
+            (Some(why), met) => Outcome::Refused(format!("owners met {met} times; declared: {why}")),
+            (None, met) => panic!("{met} times a partition had two owners at work"),
         }
     }
 }
