@@ -11,28 +11,59 @@ use std::sync::Arc;
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
-    KeyUsagePurpose,
+    KeyUsagePurpose, date_time_ymd,
 };
 use tempfile::TempDir;
 
+/// What certificates are made, and what a server started with them asks for.
+#[derive(Debug, Clone)]
+pub struct TlsOptions {
+    /// The names and addresses that the server's certificate is for.
+    pub server_names: Vec<String>,
+    /// The server's certificate ended in 2020.
+    pub server_expired: bool,
+    /// The client's certificate ended in 2020.
+    pub client_expired: bool,
+    /// The server takes only clients that show a certificate of the authority.
+    pub asks_clients: bool,
+}
+
+impl Default for TlsOptions {
+    /// For 127.0.0.1 and localhost, valid, and clients have to show theirs.
+    fn default() -> Self {
+        let server_names = vec!["127.0.0.1".to_owned(), "localhost".to_owned()];
+        Self { server_names, server_expired: false, client_expired: false, asks_clients: true }
+    }
+}
+
 /// PEM files: one authority, one server certificate, one client certificate.
-///
-/// A server started with them accepts only clients that show the client certificate.
 #[derive(Debug, Clone)]
 pub struct TlsFiles {
     dir: Arc<TempDir>,
+    asks_clients: bool,
 }
 
 impl TlsFiles {
-    /// Makes a new authority and its two certificates.
+    /// Makes a new authority and its two certificates. A server started with them accepts only clients that show
+    /// the client certificate.
     ///
     /// # Errors
     ///
     /// When a key cannot be made, or the temporary directory cannot be written.
     pub fn generate() -> io::Result<Self> {
+        Self::generate_with(&TlsOptions::default())
+    }
+
+    /// Makes a new authority and two certificates as the options say.
+    ///
+    /// # Errors
+    ///
+    /// As [`TlsFiles::generate`].
+    pub fn generate_with(options: &TlsOptions) -> io::Result<Self> {
         let dir = tempfile::Builder::new().prefix("quorate-testkit-tls-").tempdir()?;
-        let files = Self { dir: Arc::new(dir) };
-        let mut params = params("quorate testkit CA", Vec::new())?;
+        let files = Self { dir: Arc::new(dir), asks_clients: options.asks_clients };
+        // A name of its own: authorities of one name are told apart by their signatures only.
+        let mut params = params(&format!("quorate testkit CA {:08x}", rand::random::<u32>()), Vec::new())?;
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let key = KeyPair::generate().map_err(io::Error::other)?;
@@ -41,11 +72,37 @@ impl TlsFiles {
 
         // A server certificate is a client certificate too: etcd's own gateway dials its listener with it.
         let both = [ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        let names = vec!["127.0.0.1".to_owned(), "localhost".to_owned()];
-        files.issue(&ca, "server", &params_for("localhost", names, &both)?)?;
-        let client = [ExtendedKeyUsagePurpose::ClientAuth];
-        files.issue(&ca, "client", &params_for("quorate-client", Vec::new(), &client)?)?;
+        let mut server = params_for("localhost", options.server_names.clone(), &both)?;
+        let mut client = params_for("quorate-client", Vec::new(), &[ExtendedKeyUsagePurpose::ClientAuth])?;
+        for (params, expired) in [(&mut server, options.server_expired), (&mut client, options.client_expired)] {
+            if expired {
+                params.not_before = date_time_ymd(2019, 1, 1);
+                params.not_after = date_time_ymd(2020, 1, 1);
+            }
+        }
+        files.issue(&ca, "server", &server)?;
+        files.issue(&ca, "client", &client)?;
         Ok(files)
+    }
+
+    /// Whether a server started with these files takes only clients that show a certificate.
+    pub fn asks_clients(&self) -> bool {
+        self.asks_clients
+    }
+
+    /// Puts the client's certificate and key of other files in the place of these, as whoever renews certificates does.
+    ///
+    /// # Errors
+    ///
+    /// When a file cannot be written.
+    pub fn replace_client_by(&self, other: &Self) -> io::Result<()> {
+        for (from, to) in [(other.client_key(), self.client_key()), (other.client_cert(), self.client_cert())] {
+            // By renaming: nobody reads half a file.
+            let new = to.with_extension("new");
+            fs::copy(from, &new)?;
+            fs::rename(new, to)?;
+        }
+        Ok(())
     }
 
     /// The authority's certificate, which both sides trust.

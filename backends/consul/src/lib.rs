@@ -146,6 +146,11 @@ impl Consul {
     /// # Cancel safety
     /// Nothing is left behind.
     pub async fn connect(config: &Config) -> Result<Self> {
+        let port = if config.tls.is_some() { 8501 } else { 8500 };
+        quorate_tls::connect(config, NAME, port, Self::open(config)).await
+    }
+
+    async fn open(config: &Config) -> Result<Self> {
         let (api, sessions) = connect::open(config).await?;
         let space = Arc::new(Space::new(&config.namespace));
         let lines = Arc::new(Lines::new(api.clone(), space.clone()));

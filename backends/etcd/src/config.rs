@@ -9,7 +9,7 @@ use quorate_core::{Config, Error, ErrorKind, Result, Secret, Tls};
 
 use crate::{BACKEND, error::Fault};
 
-const DEFAULT_PORT: u16 = 2379;
+pub(crate) const DEFAULT_PORT: u16 = 2379;
 
 /// How often an open connection with calls under way is asked whether it still lives. etcd drops a client that asks
 /// more often than every 5 s.

@@ -112,6 +112,10 @@ impl Etcd {
     /// # Cancel safety
     /// Dropping it leaves nothing behind.
     pub async fn connect(config: &Config) -> Result<Self> {
+        quorate_tls::connect(config, BACKEND, config::DEFAULT_PORT, Self::open(config)).await
+    }
+
+    async fn open(config: &Config) -> Result<Self> {
         let pool = Arc::new(connect::Pool::new(config::Options::new(config)?));
         let layout = path::Layout::new(&config.namespace);
         pool.prove(&layout.probe()).await?;

@@ -12,7 +12,7 @@ use rustls::pki_types::{CertificateDer, pem::PemObject};
 
 use crate::error::NAME;
 
-const PORT: u16 = 6379;
+pub(crate) const PORT: u16 = 6379;
 const SENTINEL_PORT: u16 = 26379;
 
 /// How the server to talk to is found.

@@ -160,6 +160,10 @@ impl Redis {
     /// # Cancel safety
     /// Dropping it closes what was opened.
     pub async fn connect(config: &Config) -> Result<Self> {
+        quorate_tls::connect(config, error::NAME, config::PORT, Self::open(config)).await
+    }
+
+    async fn open(config: &Config) -> Result<Self> {
         let options = Options::new(config)?;
         let keys = Keys::new(&config.namespace, options.db);
         let profile = profile(&options);

@@ -128,10 +128,10 @@ async fn tls_with_an_own_ca_and_a_client_certificate_works_and_without_them_does
         ),
     ] {
         let e = refused(&config(tls)).await;
-        assert_eq!(e.kind(), ErrorKind::Unavailable, "{what}: {e}");
+        assert_eq!(e.kind(), ErrorKind::Denied, "{what}: {e}");
     }
     let plain = Config::new("redis", [server.addr().to_string()]);
-    assert_eq!(refused(&plain).await.kind(), ErrorKind::Unavailable);
+    assert_eq!(refused(&plain).await.kind(), ErrorKind::Denied);
     let swapped = Tls { ca: Some(files.client_key()), ..full };
     assert_eq!(refused(&config(swapped)).await.kind(), ErrorKind::InvalidInput, "a file without certificates");
 }

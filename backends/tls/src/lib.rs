@@ -1,13 +1,17 @@
 //! TLS for the backends that speak HTTP by themselves: whom to trust and how to show who we are.
 //!
 //! Promise: the crypto provider is given by name (aws-lc), so nothing depends on a process-wide default; an error names
-//! the file that is wrong, and never what is in it.
+//! the file that is wrong, and never what is in it. [`connect`] says why a connection does not come about, for every backend.
+
+mod explain;
 
 use std::{path::Path, sync::Arc};
 
 use quorate_core::{Error, Result, Tls};
 use rustls::{ClientConfig, ConfigBuilder, RootCertStore, WantsVerifier, crypto::aws_lc_rs};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+
+pub use explain::connect;
 
 /// The client's TLS configuration; the files are read now, blocking. `backend` is named in errors.
 ///

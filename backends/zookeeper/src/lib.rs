@@ -144,6 +144,10 @@ impl ZooKeeper {
     /// # Cancel safety
     /// Dropped half-way it may leave sessions, with nothing on them, until they expire at the server.
     pub async fn connect(config: &Config) -> Result<Self> {
+        quorate_tls::connect(config, NAME, 2181, Self::open(config)).await
+    }
+
+    async fn open(config: &Config) -> Result<Self> {
         let settings = Arc::new(Settings::new(config)?);
         let first = connect::open(&settings, config.session_ttl, "connect").await?;
         make_namespace(&settings, &first).await?;

@@ -132,7 +132,7 @@ impl Agent {
             config["ca_file"] = json!(tls.ca());
             config["cert_file"] = json!(tls.server_cert());
             config["key_file"] = json!(tls.server_key());
-            config["verify_incoming_https"] = json!(true);
+            config["verify_incoming_https"] = json!(tls.asks_clients());
         }
         let client = self.https.as_ref().unwrap_or(&self.http).number();
         let launch = Launch {

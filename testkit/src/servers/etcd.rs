@@ -161,12 +161,13 @@ impl Member {
             args.extend([flag.into(), value.into()]);
         }
         if let Some(tls) = &options.tls {
-            for (flag, path) in
-                [("--cert-file", tls.server_cert()), ("--key-file", tls.server_key()), ("--trusted-ca-file", tls.ca())]
-            {
+            for (flag, path) in [("--cert-file", tls.server_cert()), ("--key-file", tls.server_key())] {
                 args.extend([flag.into(), path.into()]);
             }
-            args.push("--client-cert-auth".into());
+            // Whoever names an authority asks for certificates, whatever else is said.
+            if tls.asks_clients() {
+                args.extend(["--client-cert-auth".into(), "--trusted-ca-file".into(), tls.ca().into()]);
+            }
         }
         args.extend(options.extra_args.iter().map(OsString::from));
         args

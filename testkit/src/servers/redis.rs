@@ -313,7 +313,7 @@ fn door_lines(tls: Option<&TlsFiles>, port: u16, data: &Path) -> (Vec<String>, D
         format!("tls-cert-file {}", tls.server_cert().display()),
         format!("tls-key-file {}", tls.server_key().display()),
         format!("tls-ca-cert-file {}", tls.ca().display()),
-        "tls-auth-clients yes".to_owned(),
+        format!("tls-auth-clients {}", if tls.asks_clients() { "yes" } else { "no" }),
         format!("unixsocket {}", socket.display()),
     ];
     (lines, Door::Unix(socket))

@@ -137,7 +137,7 @@ impl Peer {
                 "ssl.keyStore.type=PEM".to_owned(),
                 format!("ssl.trustStore.location={}", tls.ca().display()),
                 "ssl.trustStore.type=PEM".to_owned(),
-                "ssl.clientAuth=need".to_owned(),
+                format!("ssl.clientAuth={}", if tls.asks_clients() { "need" } else { "none" }),
             ];
             text.push_str(&lines.join("\n"));
             text.push('\n');
