@@ -147,7 +147,7 @@ impl Consul {
     /// Nothing is left behind.
     pub async fn connect(config: &Config) -> Result<Self> {
         let port = if config.tls.is_some() { 8501 } else { 8500 };
-        quorate_tls::connect(config, NAME, port, Self::open(config)).await
+        quorate_tls::connect(config, NAME, port, Box::pin(Self::open(config))).await
     }
 
     async fn open(config: &Config) -> Result<Self> {

@@ -112,7 +112,7 @@ impl Etcd {
     /// # Cancel safety
     /// Dropping it leaves nothing behind.
     pub async fn connect(config: &Config) -> Result<Self> {
-        quorate_tls::connect(config, BACKEND, config::DEFAULT_PORT, Self::open(config)).await
+        quorate_tls::connect(config, BACKEND, config::DEFAULT_PORT, Box::pin(Self::open(config))).await
     }
 
     async fn open(config: &Config) -> Result<Self> {

@@ -160,7 +160,7 @@ impl Redis {
     /// # Cancel safety
     /// Dropping it closes what was opened.
     pub async fn connect(config: &Config) -> Result<Self> {
-        quorate_tls::connect(config, error::NAME, config::PORT, Self::open(config)).await
+        quorate_tls::connect(config, error::NAME, config::PORT, Box::pin(Self::open(config))).await
     }
 
     async fn open(config: &Config) -> Result<Self> {

@@ -4,8 +4,9 @@
 //! is looked for with a handshake beside them: what is sure to fail for as long as nobody changes anything is told at
 //! once, as `Denied`, with what to change. Nothing is sent but the handshake, and nothing is trusted because of it.
 
-use std::{future::Future, io, sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
+use futures_util::future::BoxFuture;
 use quorate_core::{Config, Error, ErrorKind, Result, Tls};
 use rustls::{AlertDescription, CertificateError};
 use rustls_pki_types::ServerName;
@@ -35,9 +36,8 @@ pub async fn connect<T>(
     config: &Config,
     backend: &'static str,
     port: u16,
-    connect: impl Future<Output = Result<T>>,
+    mut connect: BoxFuture<'_, Result<T>>,
 ) -> Result<T> {
-    let mut connect = std::pin::pin!(connect);
     let denied = |why: &Reason| {
         let message = format!("{}: {}", config.endpoints.join(", "), why.what);
         Error::new(ErrorKind::Denied, "connect", message).on(backend).next(&*why.next)

@@ -144,7 +144,7 @@ impl ZooKeeper {
     /// # Cancel safety
     /// Dropped half-way it may leave sessions, with nothing on them, until they expire at the server.
     pub async fn connect(config: &Config) -> Result<Self> {
-        quorate_tls::connect(config, NAME, 2181, Self::open(config)).await
+        quorate_tls::connect(config, NAME, 2181, Box::pin(Self::open(config))).await
     }
 
     async fn open(config: &Config) -> Result<Self> {
