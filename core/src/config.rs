@@ -23,7 +23,13 @@
 //!
 //! Further options belong to a backend and are listed in its crate; an unknown one is an error.
 
-use std::{collections::BTreeMap, fmt, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use crate::{
     error::{Error, Result},
@@ -31,20 +37,52 @@ use crate::{
 };
 
 /// A text that is never shown: `Debug` prints `***`.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
+///
+/// Clones share it, so that it can be replaced while connections made with it are in use: whoever rotates a password or a
+/// token keeps a clone of what went into the [`Config`].
+///
+/// ```
+/// use quorate_core::{Config, Secret};
+/// let password = Secret::new("old");
+/// let config = Config::new("etcd", ["10.0.0.1:2379"]).with_login("app", password.clone());
+/// // … after the server has been told of the new one:
+/// password.replace("new");
+/// assert_eq!(&*config.password.unwrap().expose(), "new");
+/// ```
+#[derive(Clone)]
+pub struct Secret(Arc<Mutex<Arc<str>>>);
 
 impl Secret {
     /// Wraps a secret.
     pub fn new(text: impl Into<String>) -> Self {
-        Self(text.into())
+        Self(Arc::new(Mutex::new(Arc::from(text.into()))))
     }
 
-    /// The secret itself. Never print it.
-    pub fn expose(&self) -> &str {
-        &self.0
+    /// The secret itself, as it is now. Never print it.
+    pub fn expose(&self) -> Arc<str> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Replaces the secret for all clones: Consul is sent it with the next request, etcd and Redis with the next login,
+    /// ZooKeeper with the next session.
+    pub fn replace(&self, text: impl Into<String>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Arc::from(text.into());
     }
 }
+
+impl<T: Into<String>> From<T> for Secret {
+    fn from(text: T) -> Self {
+        Self::new(text)
+    }
+}
+
+impl PartialEq for Secret {
+    fn eq(&self, other: &Self) -> bool {
+        self.expose() == other.expose()
+    }
+}
+
+impl Eq for Secret {}
 
 impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -157,7 +195,7 @@ impl Config {
         if let Some(login) = login {
             let (user, password) = login.split_once(':').map_or((login, None), |(u, p)| (u, Some(p)));
             config.user = Some(decode(user)?).filter(|u| !u.is_empty());
-            config.password = password.map(decode).transpose()?.map(Secret);
+            config.password = password.map(decode).transpose()?.map(Secret::new);
         }
         if scheme.split('+').next().is_some_and(|s| matches!(s, "etcds" | "rediss" | "consuls" | "zookeepers")) {
             config.tls = Some(Tls::default());
@@ -174,7 +212,7 @@ impl Config {
             "ttl" => self.session_ttl = duration(name, &value)?,
             "connect_timeout" => self.connect_timeout = duration(name, &value)?,
             "request_timeout" => self.request_timeout = duration(name, &value)?,
-            "token" => self.token = Some(Secret(value)),
+            "token" => self.token = Some(Secret::new(value)),
             "ca" | "cert" | "key" => {
                 let tls = self.tls.as_mut().ok_or_else(|| {
                     bad(format!("the option {name} needs TLS: use the scheme with an s, such as etcds://"))
@@ -204,16 +242,16 @@ impl Config {
 
     /// Sets user and password.
     #[must_use]
-    pub fn with_login(mut self, user: impl Into<String>, password: impl Into<String>) -> Self {
+    pub fn with_login(mut self, user: impl Into<String>, password: impl Into<Secret>) -> Self {
         self.user = Some(user.into());
-        self.password = Some(Secret::new(password));
+        self.password = Some(password.into());
         self
     }
 
     /// Sets the access token.
     #[must_use]
-    pub fn with_token(mut self, token: impl Into<String>) -> Self {
-        self.token = Some(Secret::new(token));
+    pub fn with_token(mut self, token: impl Into<Secret>) -> Self {
+        self.token = Some(token.into());
         self
     }
 
@@ -344,7 +382,7 @@ mod tests {
         .unwrap();
         assert_eq!(c.endpoints, ["[::1]:26379", "h2:26380"]);
         assert_eq!(c.namespace, "team/my app");
-        assert_eq!(c.password.as_ref().unwrap().expose(), "p@ss");
+        assert_eq!(&*c.password.as_ref().unwrap().expose(), "p@ss");
         assert_eq!(c.session_ttl, Duration::from_millis(1500));
         assert_eq!(c.tls.unwrap().ca.unwrap(), PathBuf::from("/c.pem"));
         assert_eq!(c.extra["master"], "m");

@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use quorate::{Config, ErrorKind, Tls};
 use quorate_testkit::{
+    proxy::FaultProxy,
     servers::{self, Server},
     tls::{TlsFiles, TlsOptions},
 };
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 const LIMIT: Duration = Duration::from_secs(4);
 
@@ -108,6 +109,59 @@ async fn matrix(backend: &str) {
     let error = answer.expect_err("there is no silent fall-back");
     println!("{secure:>10} TLS to a server of plain text: {error:?}");
     assert!(error.to_string().contains("speak TLS on this port"), "{error}");
+}
+
+/// A certificate is replaced while a coordinator is in use, first by one that the server does not accept: then it is this one
+/// that new connections show. What was accepted before is accepted again once it is back.
+async fn renewal(backend: &str) {
+    let files = TlsFiles::generate().unwrap();
+    let (stranger, copy) = (TlsFiles::generate().unwrap(), files.copy().unwrap());
+    let server = start(backend, Some(&files)).await;
+    let way = FaultProxy::start(server.addr()).await.unwrap();
+    let mut config = config(&format!("{backend}s"), &server, Some(with_both(&copy, &copy)));
+    config.endpoints = vec![way.addr().to_string()];
+    // ZooKeeper's client reads the files for each session, so this one is to end soon.
+    config.session_ttl = Duration::from_secs(2);
+    let coord = quorate::connect_with(&config).await.unwrap();
+    let kv = coord.kv();
+    kv.put("a", "1").await.unwrap();
+    copy.replace_client_by(&stranger).unwrap();
+    let works_within = async |limit: Duration| {
+        let end = Instant::now() + limit;
+        while Instant::now() < end {
+            if timeout(LIMIT, kv.put("a", "2")).await.is_ok_and(|put| put.is_ok()) {
+                return true;
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+        false
+    };
+    way.cut().await;
+    assert!(!works_within(Duration::from_secs(4)).await, "void: the way is cut");
+    way.heal().await;
+    assert!(!works_within(Duration::from_secs(3)).await, "the replaced certificate was not read");
+    copy.replace_client_by(&files).unwrap();
+    assert!(works_within(Duration::from_secs(20)).await, "the right certificate was not read again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_renewed_certificate_is_used_without_a_restart_on_etcd() {
+    renewal("etcd").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_renewed_certificate_is_used_without_a_restart_on_redis() {
+    renewal("redis").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_renewed_certificate_is_used_without_a_restart_on_consul() {
+    renewal("consul").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_renewed_certificate_is_used_without_a_restart_on_zookeeper() {
+    renewal("zookeeper").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

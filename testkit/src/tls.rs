@@ -90,6 +90,20 @@ impl TlsFiles {
         self.asks_clients
     }
 
+    /// The same files in another place, to be replaced without the server's being touched.
+    ///
+    /// # Errors
+    ///
+    /// When a file cannot be read or written.
+    pub fn copy(&self) -> io::Result<Self> {
+        let dir = tempfile::Builder::new().prefix("quorate-testkit-tls-").tempdir()?;
+        for file in fs::read_dir(self.dir.path())? {
+            let file = file?;
+            fs::copy(file.path(), dir.path().join(file.file_name()))?;
+        }
+        Ok(Self { dir: Arc::new(dir), asks_clients: self.asks_clients })
+    }
+
     /// Puts the client's certificate and key of other files in the place of these, as whoever renews certificates does.
     ///
     /// # Errors

@@ -35,8 +35,9 @@ pub(crate) enum SessionKind {
 pub(crate) struct Settings {
     pub(crate) scheme: Scheme,
     pub(crate) agents: Vec<Authority>,
-    pub(crate) token: Option<HeaderValue>,
-    pub(crate) login: Option<HeaderValue>,
+    token: Option<Secret>,
+    user: Option<String>,
+    password: Option<Secret>,
     /// `None`: find out what the agent allows.
     pub(crate) session: Option<SessionKind>,
     pub(crate) tls_server_name: Option<String>,
@@ -71,17 +72,53 @@ impl Settings {
                 .filter(|n| (1..=4096).contains(n))
                 .ok_or_else(|| bad("connections is not a number from 1 to 4096"))?,
         };
-        Ok(Self {
+        let settings = Self {
             scheme: if secure { Scheme::HTTPS } else { Scheme::HTTP },
             agents,
-            token: config.token.as_ref().map(token).transpose()?,
-            login: login(config)?,
+            token: config.token.clone(),
+            user: config.user.clone(),
+            password: config.password.clone(),
             session,
             tls_server_name: config.extra.get("tls_server_name").cloned(),
             connections,
             connect_timeout: config.connect_timeout,
             request_timeout: config.request_timeout,
-        })
+        };
+        // What can never be sent is told now.
+        settings.token().and(settings.login())?;
+        Ok(settings)
+    }
+
+    pub(crate) fn has_token(&self) -> bool {
+        self.token.is_some()
+    }
+
+    /// The token as it is now.
+    pub(crate) fn token(&self) -> Result<Option<HeaderValue>> {
+        let Some(token) = &self.token else { return Ok(None) };
+        let mut value = HeaderValue::from_str(&token.expose())
+            .map_err(|_| bad("the token has characters that no Consul token has (control characters)"))?;
+        if value.is_empty() {
+            return Err(bad("the token is empty; leave it out to be anonymous"));
+        }
+        value.set_sensitive(true);
+        Ok(Some(value))
+    }
+
+    /// User and password, as they are now, for a proxy in front of Consul, as in `CONSUL_HTTP_AUTH`.
+    pub(crate) fn login(&self) -> Result<Option<HeaderValue>> {
+        if self.user.is_none() && self.password.is_none() {
+            return Ok(None);
+        }
+        let user = self.user.as_deref().unwrap_or_default();
+        if user.contains(':') {
+            return Err(bad("a user name with a colon cannot be sent"));
+        }
+        let password = self.password.as_ref().map(Secret::expose).unwrap_or_default();
+        let text = format!("Basic {}", STANDARD.encode(format!("{user}:{password}")));
+        let mut value = HeaderValue::try_from(text).expect("base64 is plain ASCII");
+        value.set_sensitive(true);
+        Ok(Some(value))
     }
 }
 
@@ -99,32 +136,6 @@ fn authority(endpoint: &str, default_port: u16) -> Result<Authority> {
     // `user@host` parses as an authority, but is not an endpoint.
     let whole = !authority.host().is_empty() && authority.port_u16().is_some() && !text.contains('@');
     if whole { Ok(authority) } else { Err(bad("an endpoint is not host, host:port or [ipv6]:port")) }
-}
-
-fn token(token: &Secret) -> Result<HeaderValue> {
-    let mut value = HeaderValue::from_str(token.expose())
-        .map_err(|_| bad("the token has characters that no Consul token has (control characters)"))?;
-    if value.is_empty() {
-        return Err(bad("the token is empty; leave it out to be anonymous"));
-    }
-    value.set_sensitive(true);
-    Ok(value)
-}
-
-/// User and password are for a proxy in front of Consul, as in `CONSUL_HTTP_AUTH`.
-fn login(config: &Config) -> Result<Option<HeaderValue>> {
-    if config.user.is_none() && config.password.is_none() {
-        return Ok(None);
-    }
-    let user = config.user.as_deref().unwrap_or_default();
-    if user.contains(':') {
-        return Err(bad("a user name with a colon cannot be sent"));
-    }
-    let password = config.password.as_ref().map(Secret::expose).unwrap_or_default();
-    let text = format!("Basic {}", STANDARD.encode(format!("{user}:{password}")));
-    let mut value = HeaderValue::try_from(text).expect("base64 is plain ASCII");
-    value.set_sensitive(true);
-    Ok(Some(value))
 }
 
 #[cfg(test)]

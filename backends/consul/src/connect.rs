@@ -94,7 +94,7 @@ async fn access(api: &Api, agent: usize) -> Result<Access> {
     match answer.status {
         StatusCode::UNAUTHORIZED if text.contains("ACL support disabled") => Ok(Access::Open),
         // Without a token there is nobody to know; an endpoint that is blocked tells nothing.
-        StatusCode::FORBIDDEN if api.http.settings().token.is_some() && text.contains("ACL not found") => {
+        StatusCode::FORBIDDEN if api.http.settings().has_token() && text.contains("ACL not found") => {
             Err(error(ErrorKind::Denied, OP, "Consul does not know this token"))
         }
         StatusCode::OK | StatusCode::FORBIDDEN | StatusCode::NOT_FOUND => Ok(Access::Ruled),

@@ -222,10 +222,11 @@ impl Http {
             .build()
             .map_err(malformed)?;
         let mut request = Request::builder().method(call.method).uri(uri);
-        if let Some(token) = &self.settings.token {
+        let unsent = |e: quorate_core::Error| Failure { sent: false, message: e.to_string() };
+        if let Some(token) = self.settings.token().map_err(unsent)? {
             request = request.header(TOKEN, token);
         }
-        if let Some(login) = &self.settings.login {
+        if let Some(login) = self.settings.login().map_err(unsent)? {
             request = request.header(AUTHORIZATION, login);
         }
         request.body(Full::new(call.body)).map_err(malformed)

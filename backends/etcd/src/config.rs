@@ -82,7 +82,7 @@ impl Options {
             // A member cut off from the others ends its watches instead of staying silent.
             .with_require_leader(true);
         if let Some((user, password)) = &self.login {
-            options = options.with_user(user, password.expose()).with_auto_token_refresh(true);
+            options = options.with_user(user, &*password.expose()).with_auto_token_refresh(true);
         }
         if let Some(tls) = self.tls.clone() {
             let read = tokio::task::spawn_blocking(move || tls_options(&tls)).await;

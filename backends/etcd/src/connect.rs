@@ -153,8 +153,9 @@ impl Pool {
                 return;
             }
             // tonic reconnects by itself, so a client whose connection was refused is kept, with its token; one whose
-            // connection may look alive and not be is left behind.
-            let keep = (blame == Blame::Endpoint).then(|| link.clients.get().cloned()).flatten();
+            // connection may look alive and not be is left behind, and so is one whose certificate may be renewed by now.
+            let keep =
+                (blame == Blame::Endpoint && !self.options.uses_tls()).then(|| link.clients.get().cloned()).flatten();
             *place = Link::new(link.index, keep);
         }
         let next = self.endpoints.failed(link.index);

@@ -137,8 +137,12 @@ fn said(call: Call, code: Code, text: &str) -> (Fault, Blame) {
     if is(&["invalid auth token", "revision of auth store is old"]) {
         return (fault(ErrorKind::Unavailable), Blame::Connection);
     }
+    // The password may be replaced by now: the next call logs in anew.
+    if is(&["authentication failed"]) {
+        return (fault(ErrorKind::Denied), Blame::Connection);
+    }
     if matches!(code, Code::PermissionDenied | Code::Unauthenticated)
-        || is(&["authentication failed", "user name", "permission denied", "authentication is not enabled"])
+        || is(&["user name", "permission denied", "authentication is not enabled"])
     {
         return (fault(ErrorKind::Denied), Blame::Nobody);
     }

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use quorate_core::{Config, Error, Result, config::Tls};
+use quorate_core::{Config, Error, Result, Secret, config::Tls};
 use redis::{
     ClientTlsConfig, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, ProtocolVersion, RedisConnectionInfo,
     TlsCertificates, io::tcp::TcpSettings,
@@ -48,8 +48,10 @@ pub(crate) struct Options {
     pub(crate) topology: Topology,
     pub(crate) endpoints: Vec<Address>,
     pub(crate) db: i64,
-    login: RedisConnectionInfo,
-    tls: Option<TlsCertificates>,
+    user: Option<String>,
+    password: Option<Secret>,
+    /// Read for each connection, so that renewed certificates come into use.
+    tls: Option<Tls>,
     pub(crate) connect_timeout: std::time::Duration,
     pub(crate) request_timeout: std::time::Duration,
 }
@@ -88,25 +90,18 @@ impl Options {
             .extra
             .get("db")
             .map_or(Ok(0), |db| db.parse::<u32>().map(i64::from).map_err(|_| bad("db is not a number such as 3")))?;
-        let mut login = RedisConnectionInfo::default()
-            .set_protocol(ProtocolVersion::RESP3)
-            .set_lib_name("quorate", env!("CARGO_PKG_VERSION"));
-        if let Some(user) = &config.user {
-            login = login.set_username(user);
-        }
-        if let Some(password) = &config.password {
-            login = login.set_password(password.expose());
-        }
         if config.user.is_some() && config.password.is_none() {
             return Err(bad("a user is given without a password"));
         }
-        let tls = config.tls.as_ref().map(certificates).transpose()?;
+        // What is wrong with the files is told before anything is sent.
+        config.tls.as_ref().map(certificates).transpose()?;
         Ok(Self {
             topology,
             endpoints,
             db,
-            login,
-            tls,
+            user: config.user.clone(),
+            password: config.password.clone(),
+            tls: config.tls.clone(),
             connect_timeout: config.connect_timeout,
             request_timeout: config.request_timeout,
         })
@@ -114,21 +109,31 @@ impl Options {
 
     /// How to reach a data node.
     pub(crate) fn node(&self, address: &Address) -> redis::RedisResult<ConnectionInfo> {
-        self.info(address, self.login.clone().set_db(self.db))
+        self.info(address, self.login().set_db(self.db))
     }
 
     /// How to reach a sentinel, with the login or without one.
     pub(crate) fn sentinel(&self, address: &Address, with_login: bool) -> redis::RedisResult<ConnectionInfo> {
-        let login = if with_login {
-            self.login.clone()
-        } else {
-            RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP3)
-        };
+        let login =
+            if with_login { self.login() } else { RedisConnectionInfo::default().set_protocol(ProtocolVersion::RESP3) };
         self.info(address, login)
     }
 
     pub(crate) fn has_login(&self) -> bool {
-        self.login.password().is_some()
+        self.password.is_some()
+    }
+
+    fn login(&self) -> RedisConnectionInfo {
+        let mut login = RedisConnectionInfo::default()
+            .set_protocol(ProtocolVersion::RESP3)
+            .set_lib_name("quorate", env!("CARGO_PKG_VERSION"));
+        if let Some(user) = &self.user {
+            login = login.set_username(user);
+        }
+        if let Some(password) = &self.password {
+            login = login.set_password(&*password.expose());
+        }
+        login
     }
 
     fn info(&self, address: &Address, login: RedisConnectionInfo) -> redis::RedisResult<ConnectionInfo> {
@@ -144,7 +149,10 @@ impl Options {
             .set_tcp_settings(TcpSettings::default().set_nodelay(true));
         match &self.tls {
             None => Ok(info),
-            Some(tls) => Ok(redis::Client::build_with_tls(info, tls.clone())?.get_connection_info().clone()),
+            Some(tls) => {
+                let files = certificates(tls).map_err(std::io::Error::other)?;
+                Ok(redis::Client::build_with_tls(info, files)?.get_connection_info().clone())
+            }
         }
     }
 }

@@ -4,16 +4,18 @@
 //! the file that is wrong, and never what is in it. [`connect`] says why a connection does not come about, for every backend.
 
 mod explain;
+mod own;
 
 use std::{path::Path, sync::Arc};
 
 use quorate_core::{Error, Result, Tls};
-use rustls::{ClientConfig, ConfigBuilder, RootCertStore, WantsVerifier, crypto::aws_lc_rs};
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use rustls::{ClientConfig, ConfigBuilder, RootCertStore, WantsVerifier, client::Resumption, crypto::aws_lc_rs};
+use rustls_pki_types::{CertificateDer, pem::PemObject};
 
 pub use explain::connect;
 
-/// The client's TLS configuration; the files are read now, blocking. `backend` is named in errors.
+/// The client's TLS configuration; the files are read now, blocking, and the client's certificate and key again at each
+/// handshake after they were changed. `backend` is named in errors.
 ///
 /// # Errors
 /// `InvalidInput` if a file cannot be read, holds nothing fitting, or certificate and key do not belong together.
@@ -38,11 +40,10 @@ fn build(tls: &Tls) -> Result<ClientConfig> {
     let builder = builder()?.with_root_certificates(roots(tls.ca.as_deref())?);
     match (&tls.cert, &tls.key) {
         (Some(cert), Some(key)) => {
-            let key_der = PrivateKeyDer::from_pem_file(key)
-                .map_err(|e| bad(format!("cannot read a private key from {}", key.display())).because(e))?;
-            builder
-                .with_client_auth_cert(certificates(cert)?, key_der)
-                .map_err(|e| bad("the client's certificate and key do not fit").because(e))
+            let mut config = builder.with_client_cert_resolver(Arc::new(own::OwnCertificate::read(cert, key)?));
+            // A resumed session shows no certificate, and so not the renewed one.
+            config.resumption = Resumption::disabled();
+            Ok(config)
         }
         _ => Ok(builder.with_no_client_auth()),
     }

@@ -5,7 +5,7 @@
 use std::{path::Path, time::Duration};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
-use quorate_core::{Config, Error, ErrorKind, Result, Tls};
+use quorate_core::{Config, Error, ErrorKind, Result, Secret, Tls};
 use zookeeper_client::{Acls, Connector, TlsOptions};
 
 use crate::{error::NAME, layout::Layout};
@@ -22,7 +22,7 @@ pub(crate) struct Settings {
     pub(crate) silence: Duration,
     tls: Option<Tls>,
     /// `user:password`, the form that the digest scheme wants. Never shown.
-    digest: Option<String>,
+    digest: Option<(String, Secret)>,
 }
 
 impl std::fmt::Debug for Settings {
@@ -55,7 +55,7 @@ impl Settings {
         let digest = match (&config.user, &config.password) {
             (None, None) => None,
             (Some(user), Some(_)) if user.contains(':') => return Err(bad("a user name cannot contain a colon")),
-            (Some(user), Some(password)) => Some(format!("{user}:{}", password.expose())),
+            (Some(user), Some(password)) => Some((user.clone(), password.clone())),
             _ => return Err(bad("user and password belong together: give both or neither")),
         };
         for endpoint in &config.endpoints {
@@ -88,7 +88,8 @@ impl Settings {
         let mut connector =
             zookeeper_client::Client::connector().with_session_timeout(timeout).with_connection_timeout(self.silence);
         if let Some(digest) = &self.digest {
-            connector = connector.with_auth("digest", digest.as_bytes());
+            let (user, password) = digest;
+            connector = connector.with_auth("digest", format!("{user}:{}", password.expose()).as_bytes());
         }
         if let Some(tls) = &self.tls {
             connector = connector.with_tls(tls_options(tls)?);
