@@ -14,6 +14,7 @@ pub mod leaders;
 pub mod outage;
 pub mod process;
 pub mod registry;
+pub mod secured;
 pub mod site;
 
 use std::{fmt, sync::Arc};

@@ -48,6 +48,15 @@ impl Site {
         Ok(Self { backend, url: server.url(), server: Some(server) })
     }
 
+    /// Starts a server of its own with TLS on both sides, for a user with the least rights; see [`secured`](crate::secured).
+    ///
+    /// # Errors
+    /// As for [`start`](Self::start).
+    pub async fn start_secured(backend: &'static str) -> Result<Self, String> {
+        let (server, url) = crate::secured::start(backend).await?;
+        Ok(Self { backend, url, server: Some(server) })
+    }
+
     /// A server that somebody else runs.
     ///
     /// # Errors

@@ -46,6 +46,10 @@ struct TestArgs {
     /// Install nothing; say what is missing.
     #[arg(long)]
     no_install: bool,
+    /// Only the conformance cases, over TLS and for a user with the least rights; all of them, where a whole run takes one in
+    /// three.
+    #[arg(long, conflicts_with = "external")]
+    secured: bool,
     /// Run the conformance cases on this server instead of one that is started here.
     #[arg(long, value_name = "URL")]
     external: Option<String>,

@@ -15,7 +15,7 @@ pub(crate) fn test(args: &TestArgs) -> Outcome {
         Some(url) => vec![Backend::of_url(url).ok_or("--external needs a URL such as etcd://host:2379/namespace")?],
         None => Backend::chosen(&args.backend),
     };
-    let everything = args.case.is_none() && args.external.is_none();
+    let everything = args.case.is_none() && args.external.is_none() && !args.secured;
     let binaries = binaries::build()?;
     let mut own = BTreeMap::new();
     if everything {
@@ -28,17 +28,61 @@ pub(crate) fn test(args: &TestArgs) -> Outcome {
         }
     }
     let suite = find(&binaries, SUITE)?;
-    let mut rows = conformance(suite, &backends, args.external.as_deref(), args.case.as_deref(), false)?;
-    settle(suite, args, &backends, &mut rows)?;
-    for (name, passed) in own {
-        rows.entry(name).or_insert_with(Row::default).own = Some(passed);
+    let mut tables = Vec::new();
+    for pass in passes(args, &backends, everything) {
+        let mut rows = conformance(suite, &pass, &pass.backends, args.case.as_deref(), false)?;
+        settle(suite, &pass, &mut rows)?;
+        for (name, passed) in own.iter().filter(|_| pass.is_plain()) {
+            rows.entry(name.clone()).or_insert_with(Row::default).own = Some(*passed);
+        }
+        tables.push((pass, rows));
     }
     let bank = !everything || !args.backend.is_empty() || bank(&binaries)?;
-    let names: Vec<_> = backends.iter().map(|b| b.name()).collect();
-    if !table::print(&names, &rows) {
-        return Err("not everything passed; see the table".to_owned());
+    let mut good = true;
+    for (pass, rows) in &tables {
+        println!("\n{}", pass.title);
+        let names: Vec<_> = pass.backends.iter().map(|b| b.name()).collect();
+        good &= table::print(&names, rows);
+    }
+    if !good {
+        return Err("not everything passed; see the tables".to_owned());
     }
     if bank { Ok(()) } else { Err("the bank over several backends failed; see above".to_owned()) }
+}
+
+/// One run of the conformance cases.
+struct Pass {
+    title: &'static str,
+    backends: Vec<Backend>,
+    /// By environment, not by argument: a URL may hold a password, and arguments are public.
+    environment: Vec<(&'static str, String)>,
+}
+
+impl Pass {
+    fn is_plain(&self) -> bool {
+        self.environment.is_empty()
+    }
+}
+
+/// One case in so many is enough to use every right, when all cases run elsewhere anyway.
+const SECURED_SHARE: &str = "3";
+
+fn passes(args: &TestArgs, backends: &[Backend], everything: bool) -> Vec<Pass> {
+    let mut passes = Vec::new();
+    if !args.secured {
+        let environment = args.external.iter().map(|url| ("QUORATE_EXTERNAL", url.clone())).collect();
+        passes.push(Pass { title: "conformance cases on real servers", backends: backends.to_vec(), environment });
+    }
+    let servers: Vec<_> = backends.iter().copied().filter(|backend| *backend != Backend::Memory).collect();
+    if (everything || args.secured) && !servers.is_empty() {
+        let mut environment = vec![("QUORATE_SECURED", "1".to_owned())];
+        if everything {
+            environment.push(("QUORATE_SHARE", SECURED_SHARE.to_owned()));
+        }
+        let title = "the same over TLS, for a user with the least rights";
+        passes.push(Pass { title, backends: servers, environment });
+    }
+    passes
 }
 
 /// Transactions that span backends. Never run again: a wrong total is no accident.
@@ -102,12 +146,12 @@ fn run_twice(binary: &Binary) -> Outcome<Own> {
 }
 
 /// Runs cases that failed among all others once more alone, if there are few: many failures are no accident.
-fn settle(suite: &Binary, args: &TestArgs, backends: &[Backend], rows: &mut BTreeMap<String, Row>) -> Outcome {
-    for backend in backends {
+fn settle(suite: &Binary, pass: &Pass, rows: &mut BTreeMap<String, Row>) -> Outcome {
+    for backend in &pass.backends {
         let Some(row) = rows.get_mut(backend.name()).filter(|row| row.failed.len() <= 3) else { continue };
         for case in std::mem::take(&mut row.failed) {
             headline(&format!("{}/{case} failed; once more, alone", backend.name()));
-            let again = conformance(suite, &[*backend], args.external.as_deref(), Some(&case), true)?;
+            let again = conformance(suite, pass, &[*backend], Some(&case), true)?;
             let passed = again.get(backend.name()).is_some_and(|row| row.failed.is_empty());
             if passed { row.shaky.push(case) } else { row.failed.push(case) }
         }
@@ -118,12 +162,12 @@ fn settle(suite: &Binary, args: &TestArgs, backends: &[Backend], rows: &mut BTre
 
 fn conformance(
     suite: &Binary,
+    pass: &Pass,
     backends: &[Backend],
-    external: Option<&str>,
     case: Option<&str>,
     exact: bool,
 ) -> Outcome<BTreeMap<String, Row>> {
-    headline("conformance cases on real servers");
+    headline(pass.title);
     // Not there yet if CARGO_TARGET_DIR points elsewhere.
     let folder = run::root().join("target");
     std::fs::create_dir_all(&folder).map_err(|e| format!("{} cannot be made: {e}", folder.display()))?;
@@ -131,12 +175,12 @@ fn conformance(
     let names: Vec<_> = backends.iter().map(|b| b.name()).collect();
     let mut command = suite.command();
     command.env("QUORATE_RESULTS", &results).env("QUORATE_BACKENDS", names.join(","));
-    if let Some(url) = external {
-        // By environment, not by argument: a URL may hold a password, and arguments are public.
-        command.env("QUORATE_EXTERNAL", url);
-    }
+    command.envs(pass.environment.iter().map(|(name, value)| (name, value)));
     match case {
-        Some(case) if exact => command.args(["--exact", &format!("{}/{case}", names.join(","))]),
+        Some(case) if exact => {
+            // All of them are there to choose from.
+            command.env_remove("QUORATE_SHARE").args(["--exact", &format!("{}/{case}", names.join(","))])
+        }
         Some(case) => command.arg(case),
         None => &mut command,
     };
