@@ -14,13 +14,19 @@ use tokio::sync::OnceCell;
 pub const BACKENDS: [&str; 5] = ["memory", "etcd", "redis", "consul", "zookeeper"];
 
 /// A server under test.
-#[derive(Debug)]
 pub struct Site {
     /// The backend's name.
     pub backend: &'static str,
     url: String,
     /// The server, if this run started it and so may break it.
     server: Option<Server>,
+}
+
+// The URL may hold a password.
+impl fmt::Debug for Site {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Site").field("backend", &self.backend).field("server", &self.server).finish_non_exhaustive()
+    }
 }
 
 impl Site {
