@@ -6,6 +6,7 @@
 
 pub mod actor;
 pub mod bank;
+pub mod clusters;
 pub mod commit;
 pub mod gray;
 pub mod heartbeats;

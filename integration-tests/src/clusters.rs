@@ -1,0 +1,51 @@
+//! Clusters whose servers are killed, stopped and restarted under work.
+//!
+//! Promise: after each blow everything works again; no answer is wrong, but for what the profile of the backend declares; and what a
+//! client sees of it, in time, is printed.
+
+pub mod ring;
+pub mod work;
+
+use std::{sync::atomic::Ordering, time::Duration};
+
+use tokio::time::Instant;
+
+use ring::{AWAY, Ring};
+use work::App;
+
+use crate::site::connect;
+
+/// From the end of a blow until everything works: elections, sessions that ended, and a busy machine.
+const RECOVERY: Duration = Duration::from_secs(40);
+
+/// Strikes every blow at a cluster of this kind, under work.
+///
+/// # Panics
+/// If anything is wrong that the profile does not declare.
+pub async fn under_all_blows(name: &'static str) {
+    let ring = Ring::start(name).await.unwrap_or_else(|e| panic!("{e}"));
+    let config = ring.config();
+    let profile = connect(&config).await.profile().clone();
+    let app = App::start(&config).await;
+    println!("\n{name:<15} {:<16} {:>12} {:>12} {:>10}  long hold", "blow", "no turn for", "no write for", "whole in");
+    for blow in ring.blows() {
+        let held = app.seen.held_lost.load(Ordering::Acquire);
+        let began = Instant::now();
+        ring.strike(blow).await;
+        let whole = app.whole_again(RECOVERY).await;
+        let lost = app.seen.held_lost.load(Ordering::Acquire) - held;
+        let (turns, writes) = (app.seen.turns.longest_gap(began), app.seen.writes.longest_gap(began));
+        println!(
+            "{name:<15} {:<16} {turns:>12.1?} {writes:>12.1?} {whole:>10.1?}  {}",
+            format!("{blow:?}"),
+            if lost == 0 { "kept" } else { "lost, and told" }
+        );
+        assert!(writes <= AWAY + RECOVERY, "{blow:?}: no write for {writes:?}");
+    }
+    assert_eq!(app.seen.fewest.load(Ordering::Acquire), 4, "a consumer's set shrank although nobody left");
+    let wrong = app.audit().await;
+    match profile.early_end {
+        Some(why) if !wrong.is_empty() && !profile.consensus => println!("{name}: {wrong:?}; declared: {why}"),
+        _ => assert!(wrong.is_empty(), "{name}: {wrong:?}"),
+    }
+}
