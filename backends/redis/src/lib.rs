@@ -116,6 +116,7 @@ use tokio::task::JoinHandle;
 mod change;
 mod config;
 mod connect;
+mod departed;
 mod error;
 mod hub;
 mod lease;

@@ -22,6 +22,7 @@ use tokio::{
 
 use crate::{
     connect::Connector,
+    departed::Departed,
     error::{Effect, Failure, NAME, Verdict, classify},
     script::Call,
 };
@@ -89,6 +90,7 @@ pub(crate) enum State {
 #[derive(Debug)]
 pub(crate) struct Server {
     pub(crate) connector: Connector,
+    pub(crate) departed: Departed,
     state: watch::Sender<State>,
     // Somebody wants a link: the keeper need not sleep out its pause.
     wanted: Notify,
@@ -100,7 +102,7 @@ impl Server {
         let link = connector.attempt(1).await.map_err(|f| f.error("connect"))?;
         connector.hub.up(link.number);
         let (state, _) = watch::channel(State::Up(Arc::new(link)));
-        Ok(Arc::new(Self { connector, state, wanted: Notify::new() }))
+        Ok(Arc::new(Self { connector, departed: Departed::default(), state, wanted: Notify::new() }))
     }
 
     pub(crate) fn subscribe(&self) -> watch::Receiver<State> {
@@ -199,6 +201,8 @@ impl Server {
     /// Replaces the link whenever it breaks. Runs until the backend is dropped.
     pub(crate) async fn keep(self: Arc<Self>) {
         let mut failures = 0;
+        // The one before is of no use any more when the next one begins.
+        let mut repeat = None::<AbortOnDrop>;
         loop {
             let current = match &*self.state.borrow() {
                 State::Up(link) => link.clone(),
@@ -209,6 +213,7 @@ impl Server {
             let mut number = current.number;
             // The old connections go before the new ones are made.
             drop(current);
+            drop(repeat.take());
             let lost = Failure::new(ErrorKind::Unavailable, "the connection was lost");
             if !self.change(State::Down { failures, last: lost }) {
                 return;
@@ -224,6 +229,10 @@ impl Server {
                         if !self.change(State::Up(Arc::new(link))) {
                             return;
                         }
+                        // The server behind it may be another one, or one that has lost its last writes. Not awaited: a
+                        // break of this link must be noticed meanwhile.
+                        let this = self.clone();
+                        repeat = Some(AbortOnDrop(tokio::spawn(async move { this.departed.again(&this).await })));
                         break;
                     }
                     Err(last) => {
@@ -264,6 +273,15 @@ impl Server {
 
 fn closed(operation: &'static str) -> Error {
     Error::new(ErrorKind::Unavailable, operation, "the backend was shut down").on(NAME)
+}
+
+/// A task that ends with its owner.
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// Gives a link up when a caller has run out of patience with it: the call was dropped after a long time

@@ -26,6 +26,14 @@ enum Outcome {
 
 pub(crate) async fn commit(server: &Server, txn: &Txn) -> Result<Commit> {
     check(txn)?;
+    let commit = send(server, txn).await?;
+    if commit.applied {
+        server.departed.note(txn);
+    }
+    Ok(commit)
+}
+
+pub(crate) async fn send(server: &Server, txn: &Txn) -> Result<Commit> {
     let call = request(server, txn);
     // Also a transaction without writes ends leases whose time has passed, but nothing of the caller's.
     let effect = if txn.writes.is_empty() { Effect::Reads } else { Effect::Writes };

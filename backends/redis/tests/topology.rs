@@ -4,7 +4,7 @@ mod support;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use quorate_core::{Config, ErrorKind};
+use quorate_core::{Check, Config, ErrorKind, Write};
 use quorate_redis::Redis;
 use quorate_testkit::servers::{Redis as Servers, RedisOptions, Server};
 use support::*;
@@ -83,6 +83,41 @@ async fn writes_that_a_failover_loses_are_reported_lost_and_tokens_still_rise() 
     assert_eq!(b.look(&place.ticket, 1).await.unwrap(), None);
     let next = join(&b, &line, &kept).await;
     assert!(next.ahead.is_empty() && next.token > place.token, "{next:?} after {place:?}");
+}
+
+/// A release that the new primary has not heard of would keep the lock taken for as long as the session lives.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_released_or_taken_away_before_a_failover_does_not_come_back_with_it() {
+    let group = Servers::sentinel(RedisOptions::default()).await.unwrap();
+    let url = format!("redis+sentinel://{}/t", list(group.sentinels()));
+    let (b, other) = (open(&Config::parse(&url).unwrap()).await, open(&Config::parse(&url).unwrap()).await);
+    let lease = lease(&b).await;
+    let (first, second) = (dir("lock/a"), dir("lock/b"));
+    let (released, left) = (join(&b, &first, &lease).await, join(&b, &second, &lease).await);
+    let written = b.commit(&txn(vec![], vec![put(&key("k"), "v", Some(&lease))])).await.unwrap();
+    replicated(&group.data()[0]).await;
+    let primary = Raw::of(&group.data()[0]).await;
+    primary.ask::<String>(&["ACL", "SETUSER", "default", "-psync", "-replconf"]).await;
+    primary.ask::<i64>(&["CLIENT", "KILL", "TYPE", "replica"]).await;
+    assert!(b.commit(&release(&released)).await.unwrap().applied);
+    b.commit(&txn(vec![], vec![Write::Leave(left.ticket.clone())])).await.unwrap();
+    let unchanged = Check::Unchanged { key: key("k"), modified: written.revision };
+    assert!(b.commit(&txn(vec![unchanged], vec![Write::Delete(key("k"))])).await.unwrap().applied);
+    group.data()[0].kill().await.unwrap();
+    persist(|| b.renew(&lease)).await;
+    soon("they are taken away again", async {
+        loop {
+            let lines = (persist(|| other.line(&first)).await, persist(|| other.line(&second)).await);
+            let range = all();
+            let keys = persist(|| other.read(&range)).await;
+            if lines.0.tickets.is_empty() && lines.1.tickets.is_empty() && keys.entries.is_empty() {
+                return;
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+    })
+    .await;
+    b.renew(&lease).await.expect("the session is the same");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
