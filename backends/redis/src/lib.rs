@@ -142,7 +142,7 @@ use crate::{
 pub struct Redis {
     server: Arc<Server>,
     profile: Profile,
-    tasks: [JoinHandle<()>; 2],
+    tasks: Vec<JoinHandle<()>>,
 }
 
 impl fmt::Debug for Redis {
@@ -170,7 +170,10 @@ impl Redis {
         let profile = profile(&options);
         let connector = Connector::new(options, keys, Arc::new(Hub::new()));
         let server = Server::connect(connector).await?;
-        let tasks = [tokio::spawn(server.clone().keep()), tokio::spawn(sweep::sweep(server.clone()))];
+        let mut tasks = vec![tokio::spawn(server.clone().keep()), tokio::spawn(sweep::sweep(server.clone()))];
+        if let Topology::Sentinel { master } = &server.connector.options.topology {
+            tasks.push(tokio::spawn(server.clone().doubt(master.clone())));
+        }
         Ok(Self { server, profile, tasks })
     }
 }

@@ -25,8 +25,11 @@ use crate::{
     departed::Departed,
     error::{Effect, Failure, NAME, Verdict, classify},
     script::Call,
+    sentinel::{disagrees, primary},
 };
 
+/// How often a sentinel is asked whether the primary is still the primary.
+const DOUBT_EVERY: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
@@ -245,6 +248,29 @@ impl Server {
                 }
                 self.rest(pause).await;
                 pause = (pause * 2).min(LONGEST_PAUSE);
+            }
+        }
+    }
+
+    /// Leaves a primary that was replaced and does not know it yet: what it confirms is lost when it learns of it, and it
+    /// may take the sentinels ten seconds to tell it. One sentinel is asked at a time, all of them before the link is
+    /// given up. Runs until the backend is dropped.
+    pub(crate) async fn doubt(self: Arc<Self>, master: String) {
+        let options = &self.connector.options;
+        for turn in 0.. {
+            sleep(DOUBT_EVERY.mul_f64(rand::random_range(0.75..1.25))).await;
+            let Some(link) = self.ready() else { continue };
+            let limit = options.connect_timeout;
+            let disagrees = disagrees(options, turn, &master, &link.address);
+            if !timeout(limit, disagrees).await.unwrap_or(false) {
+                continue;
+            }
+            let named = timeout(limit, primary(options, &master)).await;
+            if let Ok(Ok(named)) = named
+                && named.to_string() != link.address
+            {
+                tracing::warn!(backend = NAME, server = %link.address, %named, "the primary was replaced");
+                link.broken.set();
             }
         }
     }

@@ -56,6 +56,12 @@ pub(crate) async fn primary(options: &Options, master: &str) -> Result<Address, 
     }
 }
 
+/// Whether this sentinel names another primary than that one. Silence says nothing.
+pub(crate) async fn disagrees(options: &Options, sentinel: usize, master: &str, current: &str) -> bool {
+    let sentinel = &options.endpoints[sentinel % options.endpoints.len()];
+    ask(options, sentinel, master).await.is_ok_and(|(_, primary)| primary.to_string() != current)
+}
+
 async fn ask(options: &Options, sentinel: &Address, master: &str) -> Result<(u64, Address), Failure> {
     let mut answer = says(options, sentinel, master, false).await;
     // Most sentinels have no password even where the servers have one.

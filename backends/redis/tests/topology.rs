@@ -4,7 +4,7 @@ mod support;
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use quorate_core::{Check, Config, ErrorKind, Write};
+use quorate_core::{Check, Config, ErrorKind, KeyRange, Write};
 use quorate_redis::Redis;
 use quorate_testkit::servers::{Redis as Servers, RedisOptions, Server};
 use support::*;
@@ -118,6 +118,42 @@ async fn what_was_released_or_taken_away_before_a_failover_does_not_come_back_wi
     })
     .await;
     b.renew(&lease).await.expect("the session is the same");
+}
+
+/// The primary is stopped, replaced, and wakes up in the belief that it is still the primary: what it confirms will be lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_that_was_replaced_while_it_slept_is_left_soon_after_it_wakes() {
+    let group = Servers::sentinel(RedisOptions::default()).await.unwrap();
+    let url = format!("redis+sentinel://{}/t", list(group.sentinels()));
+    let b = open(&Config::parse(&url).unwrap()).await;
+    b.commit(&txn(vec![], vec![put(&key("k"), "before", None)])).await.unwrap();
+    let old = group.primary().await.unwrap();
+    replicated(&old).await;
+    old.pause().unwrap();
+    soon("another server is the primary", async {
+        while group.primary().await.unwrap().addr() == old.addr() {
+            sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    let other = open(&Config::parse(&url).unwrap()).await;
+    old.resume().unwrap();
+    let woken = tokio::time::Instant::now();
+    // Through whichever server `b` uses now.
+    for turn in 0.. {
+        let value = turn.to_string();
+        let write = txn(vec![], vec![put(&key("k"), &value, None)]);
+        persist(|| b.commit(&write)).await;
+        let range = KeyRange::One(key("k"));
+        let found = persist(|| other.read(&range)).await.entries.pop().expect("it was replicated");
+        if found.value == value.as_bytes() {
+            break;
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
+    let took = woken.elapsed();
+    println!("the former primary was left {took:?} after it woke");
+    assert!(took < Duration::from_secs(4), "left only after {took:?}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
