@@ -23,6 +23,12 @@ async fn redis_with_sentinels_answers_nothing_that_it_does_not_declare() {
     under_all_blows("redis+sentinel").await;
 }
 
+/// What `min-replicas-to-write` costs and buys.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn redis_that_writes_nothing_without_a_replica_loses_less() {
+    under_all_blows("careful").await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn redis_cluster_answers_nothing_that_it_does_not_declare() {
     under_all_blows("redis+cluster").await;

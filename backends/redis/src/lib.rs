@@ -42,6 +42,11 @@
 //! servers are joined again, and the one that the new primary granted it to. Where a lock must not be lost in a
 //! failover, use a backend with consensus, or fence.
 //!
+//! Two things are done about it. What this client has taken away in the last minute, releases above all, is taken away again on
+//! every new connection: a lock is not stuck because its release was lost. And with sentinels, one of them is asked every
+//! second whether the primary is still the primary, so that one that was replaced while it slept is left before the
+//! sentinels tell it, which takes them up to ten seconds.
+//!
 //! What holds even then: **tokens rise**. A revision is the larger of the last one + 1 and the server's clock in
 //! microseconds, and each client that connects raises it past all that it has seen; so storage that refuses a
 //! stale token refuses the former holder. And **a loss is told**: a client whose lease was lost with the data

@@ -38,12 +38,18 @@ pub enum Blow {
 pub const AWAY: Duration = Duration::from_secs(3);
 
 impl Ring {
-    /// Starts `etcd`, `consul`, `zookeeper`, `redis+sentinel` or `redis+cluster`.
+    /// Starts `etcd`, `consul`, `zookeeper`, `redis+sentinel`, `redis+cluster`, or `careful`: the former Redis, set to take no
+    /// writes without a replica.
     ///
     /// # Errors
     /// How to get the servers, if they are missing, or what went wrong.
     pub async fn start(name: &'static str) -> Result<Self, String> {
-        let redis = servers::RedisOptions { persistence: Persistence::Always, ..Default::default() };
+        // Otherwise a replica that comes back waits five seconds for others to come back with it.
+        let mut extra_lines = vec!["repl-diskless-sync-delay 0".to_owned()];
+        if name == "careful" {
+            extra_lines.extend(["min-replicas-to-write 1".to_owned(), "min-replicas-max-lag 1".to_owned()]);
+        }
+        let redis = servers::RedisOptions { persistence: Persistence::Always, extra_lines, ..Default::default() };
         let started = match name {
             "etcd" => servers::Etcd::cluster(servers::EtcdOptions::default()).await.map(|c| Self::Consensus(name, c)),
             "consul" => {
@@ -54,7 +60,7 @@ impl Ring {
                 let options = servers::ZooKeeperOptions::default();
                 servers::ZooKeeper::cluster(options).await.map(|c| Self::Consensus(name, c))
             }
-            "redis+sentinel" => servers::Redis::sentinel(redis).await.map(Self::Sentinel),
+            "redis+sentinel" | "careful" => servers::Redis::sentinel(redis).await.map(Self::Sentinel),
             "redis+cluster" => servers::Redis::cluster(redis, true).await.map(Self::Slots),
             other => return Err(format!("{other} is no cluster")),
         };
@@ -122,7 +128,7 @@ impl Ring {
         let others = || self.data().iter().filter(|node| node.addr() != leader.addr()).cloned();
         let struck: Vec<_> = match blow {
             // In a Redis Cluster a replica, which come last.
-            Blow::FollowerKilled => others().last().into_iter().collect(),
+            Blow::FollowerKilled => others().next_back().into_iter().collect(),
             Blow::LeaderKilled | Blow::LeaderPaused => vec![leader.clone()],
             Blow::MajorityKilled => others().chain([leader.clone()]).skip(1).collect(),
             Blow::RollingRestart => {
@@ -132,6 +138,7 @@ impl Ring {
                     node.launch().await.expect("started");
                     node.wait_ready().await.expect("ready");
                     sleep(Duration::from_secs(1)).await;
+                    self.in_sync().await;
                 }
                 return;
             }
@@ -152,6 +159,25 @@ impl Ring {
         for node in &struck {
             node.wait_ready().await.expect("ready");
         }
+        self.in_sync().await;
+    }
+
+    /// Waits until every replica of Redis follows its primary again: nobody restarts the next server before that.
+    async fn in_sync(&self) {
+        if matches!(self, Self::Consensus(..)) {
+            return;
+        }
+        let limit = tokio::time::Instant::now() + Duration::from_secs(40);
+        for node in self.data() {
+            loop {
+                let info = ask(node, &["INFO", "replication"]).await;
+                if info.contains("role:master") || info.contains("master_link_status:up") {
+                    break;
+                }
+                assert!(tokio::time::Instant::now() < limit, "{} is not in sync: {info}", node.name());
+                sleep(Duration::from_millis(50)).await;
+            }
+        }
     }
 }
 
@@ -160,11 +186,13 @@ async fn has_the_data(node: &Server) -> bool {
     if node.pid().is_none() {
         return false;
     }
-    let ask = async |words: &[&str]| {
-        let mut command = Command::new("redis-cli");
-        command.args(["-p", &node.port().to_string()]).args(words).stdin(Stdio::null());
-        let output = tokio::time::timeout(Duration::from_secs(1), command.output()).await;
-        output.ok().and_then(Result::ok).map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default()
-    };
-    ask(&["ROLE"]).await.starts_with("master") && ask(&["DBSIZE"]).await.trim() != "0"
+    ask(node, &["ROLE"]).await.starts_with("master") && ask(node, &["DBSIZE"]).await.trim() != "0"
+}
+
+/// What a Redis answers; empty if it does not.
+async fn ask(node: &Server, words: &[&str]) -> String {
+    let mut command = Command::new("redis-cli");
+    command.args(["-p", &node.port().to_string()]).args(words).stdin(Stdio::null());
+    let output = tokio::time::timeout(Duration::from_secs(1), command.output()).await;
+    output.ok().and_then(Result::ok).map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default()
 }
