@@ -38,7 +38,26 @@ impl Failure {
 }
 
 pub(crate) fn error(kind: ErrorKind, operation: &'static str, message: impl Into<String>) -> Error {
-    Error::new(kind, operation, message).on(NAME)
+    let error = Error::new(kind, operation, message).on(NAME);
+    match (kind, right(operation)) {
+        (ErrorKind::Denied, Some(right)) => error.next(right),
+        _ => error,
+    }
+}
+
+/// The rule that a token without it lacks: Consul says no more than "Permission denied".
+fn right(operation: &str) -> Option<&'static str> {
+    match operation {
+        "connect" => None,
+        "grant" | "renew" | "revoke" => Some(
+            "the token needs session_prefix \"\" write, and for leases of kind agent service_prefix \"quorate-session\" write",
+        ),
+        "register" | "deregister" | "look up" => Some("the token needs service_prefix write for that service"),
+        "watch" => {
+            Some("the token needs key_prefix write for the namespace; to follow a service, service and node read")
+        }
+        _ => Some("the token needs key_prefix write for the namespace"),
+    }
 }
 
 pub(crate) fn session_lost(operation: &'static str, lease: impl std::fmt::Display) -> Error {

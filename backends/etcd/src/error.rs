@@ -144,7 +144,10 @@ fn said(call: Call, code: Code, text: &str) -> (Fault, Blame) {
     if matches!(code, Code::PermissionDenied | Code::Unauthenticated)
         || is(&["user name", "permission denied", "authentication is not enabled"])
     {
-        return (fault(ErrorKind::Denied), Blame::Nobody);
+        let denied = fault(ErrorKind::Denied);
+        let of_a_role = text.contains("permission denied");
+        let next = "the user's role needs readwrite on the prefix of the namespace, with the slash at its end";
+        return (if of_a_role { denied.next(next) } else { denied }, Blame::Nobody);
     }
     // Said before the request was proposed to the cluster.
     if is(&["no leader", "not capable", "rpc not supported for learner", "raft proposal dropped"])

@@ -46,7 +46,12 @@ impl<'a> Call<'a> {
     /// The error for what the client library reported.
     pub(crate) fn failed(&self, cause: zk::Error) -> Error {
         let (kind, message) = self.meaning(&cause);
-        self.error(kind, message).because(cause)
+        let error = self.error(kind, message).because(cause);
+        if kind == ErrorKind::Denied {
+            return error
+                .next("the user needs all permissions on the namespace's node, or may create it in its parent");
+        }
+        error
     }
 
     fn meaning(&self, cause: &zk::Error) -> (ErrorKind, &'static str) {

@@ -85,15 +85,16 @@ async fn what_a_token_may_not_do_is_denied_and_never_looks_empty() {
     let lease = grant(&client, Duration::from_secs(10)).await;
     let write = Txn { checks: Vec::new(), writes: vec![put("a", "2", None)] };
     let lock = line("a");
-    for (what, kind) in [
-        ("read a key", client.read(&KeyRange::One(key("a"))).await.unwrap_err().kind()),
-        ("read a range", client.read(&all()).await.unwrap_err().kind()),
-        ("watch a range", client.watch(&all()).await.unwrap_err().kind()),
-        ("write", client.commit(&write).await.unwrap_err().kind()),
-        ("join a line", client.enqueue(&crate::common::entry(&lock, &lease)).await.unwrap_err().kind()),
-        ("list a line", client.line(&lock).await.unwrap_err().kind()),
+    for (what, error) in [
+        ("read a key", client.read(&KeyRange::One(key("a"))).await.unwrap_err()),
+        ("read a range", client.read(&all()).await.unwrap_err()),
+        ("watch a range", client.watch(&all()).await.unwrap_err()),
+        ("write", client.commit(&write).await.unwrap_err()),
+        ("join a line", client.enqueue(&crate::common::entry(&lock, &lease)).await.unwrap_err()),
+        ("list a line", client.line(&lock).await.unwrap_err()),
     ] {
-        assert_eq!(kind, ErrorKind::Denied, "{what}");
+        assert_eq!(error.kind(), ErrorKind::Denied, "{what}");
+        assert!(error.to_string().contains("needs key_prefix write"), "{what}: the missing right is named: {error}");
     }
     client.revoke(&lease).await.unwrap();
 }

@@ -136,6 +136,7 @@ async fn a_role_for_the_namespace_is_enough_and_reaches_no_further() {
     for outcome in denied {
         let error = outcome.expect_err("the role does not reach there");
         assert_eq!(error.kind(), ErrorKind::Denied, "{error}");
+        assert!(error.to_string().contains("readwrite on the prefix"), "the missing right is named: {error}");
     }
     // A refused watch does not take the others along.
     etcd.commit(&put("a", "2")).await.unwrap();
