@@ -67,6 +67,16 @@ impl Fault {
         }
     }
 
+    /// Names the right that a refusal is about.
+    pub(crate) fn with_right(self, said: &str) -> Self {
+        match said.contains("permission denied") {
+            true => {
+                self.next("the user's role needs readwrite on the prefix of the namespace, with the slash at its end")
+            }
+            false => self,
+        }
+    }
+
     fn next(mut self, next: &'static str) -> Self {
         self.next = Some(next);
         self
@@ -144,10 +154,7 @@ fn said(call: Call, code: Code, text: &str) -> (Fault, Blame) {
     if matches!(code, Code::PermissionDenied | Code::Unauthenticated)
         || is(&["user name", "permission denied", "authentication is not enabled"])
     {
-        let denied = fault(ErrorKind::Denied);
-        let of_a_role = text.contains("permission denied");
-        let next = "the user's role needs readwrite on the prefix of the namespace, with the slash at its end";
-        return (if of_a_role { denied.next(next) } else { denied }, Blame::Nobody);
+        return (fault(ErrorKind::Denied).with_right(text), Blame::Nobody);
     }
     // Said before the request was proposed to the cluster.
     if is(&["no leader", "not capable", "rpc not supported for learner", "raft proposal dropped"])

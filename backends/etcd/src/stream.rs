@@ -380,7 +380,7 @@ fn ending(message: &WatchResponse) -> Ending {
         .iter()
         .any(|known| reason.contains(known))
     {
-        Ending::Fault(Fault::new(ErrorKind::Denied, format!("the server says: {reason}")))
+        Ending::Fault(Fault::new(ErrorKind::Denied, format!("the server says: {reason}")).with_right(reason))
     } else {
         Ending::Fault(Fault::new(ErrorKind::Unavailable, format!("the server ended the watch: {reason}")))
     }
