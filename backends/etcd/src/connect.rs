@@ -32,6 +32,11 @@ use crate::{
 /// wait on the same dead connection.
 const SUSPICIOUS: Duration = Duration::from_millis(250);
 
+/// Shorter than any election, so that the leader of before is still known.
+const SLOW: Duration = Duration::from_millis(150);
+/// How often a server is asked who leads while a request is slow.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+
 /// The endpoints of one backend, each with its connection.
 #[derive(Debug)]
 pub(crate) struct Pool {
@@ -78,6 +83,31 @@ impl Link {
 }
 
 impl Clients {
+    /// Returns when the cluster has another leader than it had shortly after this call began, and some more time has passed.
+    ///
+    /// A follower passes requests on to the leader, and what was on its way to one that dies is lost: etcd says so after 5 s and
+    /// two election timeouts. Whoever still waits for an answer by then can be told. Asks nothing of the server but for
+    /// requests that take long.
+    async fn leader_change(&self) {
+        sleep(SLOW).await;
+        let mut before = None;
+        loop {
+            let asked = timeout(LOOK_EVERY, async { self.session.maintenance_client().status().await }).await;
+            let term =
+                asked.ok().and_then(Result::ok).filter(|status| status.leader() != 0).map(|status| status.raft_term());
+            match (before, term) {
+                (Some(before), Some(now)) if now > before => {
+                    // What the new leader has of it is answered now.
+                    sleep(LOOK_EVERY).await;
+                    return;
+                }
+                (None, Some(now)) => before = Some(now),
+                _ => {}
+            }
+            sleep(LOOK_EVERY).await;
+        }
+    }
+
     pub(crate) async fn renew_token(&self) -> Result<(), etcd_client::Error> {
         self.session.refresh_token().await
     }
@@ -212,7 +242,15 @@ impl Pool {
     {
         let link = self.link().await?;
         let asked = self.asked(&link);
-        let answer = request(link.clients()).await;
+        let answer = tokio::select! {
+            biased;
+            answer = request(link.clients()) => answer,
+            () = link.clients().leader_change() => {
+                asked.answered();
+                let message = "the leader changed while the request was on its way, and it was not answered";
+                return Err(Fault::new(call.doubt(), message));
+            }
+        };
         asked.answered();
         match answer {
             Ok(answer) => {

@@ -88,6 +88,45 @@ async fn the_end_of_any_one_server_is_survived_and_of_the_leader_too() {
     survives_the_end_of(&leader, &cluster).await;
 }
 
+/// A follower passes writes on to the leader and waits. If that dies with them, etcd says so after 5 s and two election timeouts.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_that_was_under_way_to_a_leader_that_dies_is_told_soon() {
+    let options = EtcdOptions {
+        heartbeat: Duration::from_millis(100),
+        election: Duration::from_millis(600),
+        ..EtcdOptions::default()
+    };
+    let cluster = servers::Etcd::cluster(options).await.unwrap();
+    let leader = cluster.leader().await.unwrap();
+    let follower = cluster.nodes().iter().find(|node| node.addr() != leader.addr()).unwrap();
+    let etcd = Arc::new(Etcd::connect(&config([follower.addr()])).await.unwrap());
+    let writers: Vec<_> = (0..8)
+        .map(|i| {
+            let etcd = etcd.clone();
+            tokio::spawn(async move {
+                let (end, mut longest) = (Instant::now() + Duration::from_secs(6), Duration::ZERO);
+                while Instant::now() < end {
+                    let began = Instant::now();
+                    let outcome = etcd.commit(&put(&format!("w{i}"), "1")).await;
+                    longest = longest.max(began.elapsed());
+                    if let Err(error) = outcome {
+                        assert!(matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Ambiguous), "{error}");
+                        sleep(Duration::from_millis(20)).await;
+                    }
+                }
+                longest
+            })
+        })
+        .collect();
+    sleep(Duration::from_millis(500)).await;
+    leader.kill().await.unwrap();
+    for writer in writers {
+        let longest = within("the writer ends", writer).await.unwrap();
+        println!("the longest write took {longest:?}");
+        assert!(longest < Duration::from_secs(4), "{longest:?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_cut_off_from_the_others_does_not_keep_a_watch_silent() {
     let cluster = cluster().await;
