@@ -85,7 +85,7 @@ pub struct Seen {
     pub watched: AtomicU64,
     /// The watcher was told an older number after a newer one, without a gap in between.
     pub backwards: AtomicUsize,
-    /// The fewest instances that the consumer saw, beside [`INSTANCES`].
+    /// The fewest instances that the consumer saw.
     pub fewest: AtomicUsize,
     /// The long hold was lost: this is told to the holder.
     pub held_lost: AtomicUsize,
