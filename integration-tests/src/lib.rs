@@ -13,6 +13,7 @@ pub mod leaders;
 pub mod outage;
 pub mod process;
 pub mod registry;
+pub mod server;
 pub mod site;
 
 use std::{fmt, sync::Arc};

@@ -1,7 +1,8 @@
 //! Runs every case on every backend, each as a test of its own name: `etcd/lock/grants_follow_arrival`.
 //!
 //! By environment: `QUORATE_BACKENDS` (names, separated by commas), `QUORATE_EXTERNAL` (the URL of a server to use
-//! instead of one that is started), `QUORATE_RESULTS` (a file to which every outcome is written).
+//! instead of one that is started), `QUORATE_SERVERS` (`process` or `docker`: how servers are started), `QUORATE_RESULTS` (a
+//! file to which every outcome is written).
 
 use std::{
     fs::File,

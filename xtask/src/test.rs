@@ -2,14 +2,20 @@
 
 use std::collections::BTreeMap;
 
+use quorate_testkit::install;
+
 use crate::{
-    Backend, TestArgs,
+    Backend, Servers, TestArgs,
     binaries::{self, Binary},
+    containers::Docker,
     run::{self, Outcome, cargo, headline, must, status},
     table::{self, Own, Row},
 };
 
 pub(crate) fn test(args: &TestArgs) -> Outcome {
+    if args.servers == Servers::Docker {
+        return in_containers(args);
+    }
     run::install(args.no_install)?;
     let backends = match &args.external {
         Some(url) => vec![Backend::of_url(url).ok_or("--external needs a URL such as etcd://host:2379/namespace")?],
@@ -27,18 +33,38 @@ pub(crate) fn test(args: &TestArgs) -> Outcome {
             own.insert(backend.name().to_owned(), own_tests(&binaries, &package(*backend))?);
         }
     }
-    let suite = find(&binaries, SUITE)?;
-    let mut rows = conformance(suite, &backends, args.external.as_deref(), args.case.as_deref(), false)?;
-    settle(suite, args, &backends, &mut rows)?;
+    let suite = Suite { binary: find(&binaries, SUITE)?, external: args.external.as_deref(), docker: None };
+    let mut rows = suite.settled(&backends, args.case.as_deref())?;
     for (name, passed) in own {
         rows.entry(name).or_insert_with(Row::default).own = Some(passed);
     }
     let bank = !everything || !args.backend.is_empty() || bank(&binaries)?;
-    let names: Vec<_> = backends.iter().map(|b| b.name()).collect();
-    if !table::print(&names, &rows) {
-        return Err("not everything passed; see the table".to_owned());
-    }
+    told(&backends, &rows)?;
     if bank { Ok(()) } else { Err("the bank over several backends failed; see above".to_owned()) }
+}
+
+/// The conformance suite on servers in containers, and the tests of what starts containers for users.
+fn in_containers(args: &TestArgs) -> Outcome {
+    run::install_these(&install::of_build(), args.no_install)?;
+    let mut backends = Backend::chosen(&args.backend);
+    backends.retain(|backend| *backend != Backend::Memory);
+    let servers: Vec<_> = backends.iter().map(|b| b.name()).collect();
+    let docker = Docker::start(&servers, args.no_install)?;
+    let binaries = binaries::build()?;
+    if args.case.is_none() && args.backend.is_empty() {
+        headline("servers in containers, as users start them");
+        let mut command = find(&binaries, USERS)?.command();
+        docker.equip(&mut command);
+        must("tests of quorate-testcontainers", &mut command)?;
+    }
+    let suite = Suite { binary: find(&binaries, SUITE)?, external: None, docker: Some(&docker) };
+    let rows = suite.settled(&backends, args.case.as_deref())?;
+    told(&backends, &rows)
+}
+
+fn told(backends: &[Backend], rows: &BTreeMap<String, Row>) -> Outcome {
+    let names: Vec<_> = backends.iter().map(|b| b.name()).collect();
+    if table::print(&names, rows) { Ok(()) } else { Err("not everything passed; see the table".to_owned()) }
 }
 
 /// Transactions that span backends. Never run again: a wrong total is no accident.
@@ -54,6 +80,9 @@ fn package(backend: Backend) -> String {
 /// The program with the cases that run on every backend.
 const SUITE: (&str, &str) = ("quorate-integration-tests", "conformance");
 
+/// The program with the tests of containers for users, which need a Docker daemon.
+const USERS: (&str, &str) = ("quorate-testcontainers", "servers");
+
 /// The program with the bank that spans backends.
 const BANK: (&str, &str) = ("quorate-integration-tests", "bank");
 
@@ -66,7 +95,7 @@ fn find<'a>(binaries: &'a [Binary], which: (&str, &str)) -> Outcome<&'a Binary> 
 fn shared_tests(binaries: &[Binary]) -> Outcome {
     headline("tests of what all backends share");
     let of_backends: Vec<_> = Backend::ALL.into_iter().map(package).collect();
-    let later = |binary: &Binary| [SUITE, BANK].contains(&(binary.package.as_str(), binary.target.as_str()));
+    let later = |binary: &Binary| [SUITE, BANK, USERS].contains(&(binary.package.as_str(), binary.target.as_str()));
     for binary in binaries.iter().filter(|b| !b.is_example && !of_backends.contains(&b.package)) {
         if !later(binary) && run_twice(binary)? == Own::Failed {
             return Err(format!("tests of {} failed: {}", binary.package, binary.target));
@@ -101,51 +130,65 @@ fn run_twice(binary: &Binary) -> Outcome<Own> {
     Ok(if binary.passes(&["--test-threads=1"])? { Own::PassedAlone } else { Own::Failed })
 }
 
-/// Runs cases that failed among all others once more alone, if there are few: many failures are no accident.
-fn settle(suite: &Binary, args: &TestArgs, backends: &[Backend], rows: &mut BTreeMap<String, Row>) -> Outcome {
-    for backend in backends {
-        let Some(row) = rows.get_mut(backend.name()).filter(|row| row.failed.len() <= 3) else { continue };
-        for case in std::mem::take(&mut row.failed) {
-            headline(&format!("{}/{case} failed; once more, alone", backend.name()));
-            let again = conformance(suite, &[*backend], args.external.as_deref(), Some(&case), true)?;
-            let passed = again.get(backend.name()).is_some_and(|row| row.failed.is_empty());
-            if passed { row.shaky.push(case) } else { row.failed.push(case) }
-        }
-        row.passed += row.shaky.len();
-    }
-    Ok(())
+/// The conformance cases, and where they are run.
+struct Suite<'a> {
+    binary: &'a Binary,
+    external: Option<&'a str>,
+    docker: Option<&'a Docker>,
 }
 
-fn conformance(
-    suite: &Binary,
-    backends: &[Backend],
-    external: Option<&str>,
-    case: Option<&str>,
-    exact: bool,
-) -> Outcome<BTreeMap<String, Row>> {
-    headline("conformance cases on real servers");
-    // Not there yet if CARGO_TARGET_DIR points elsewhere.
-    let folder = run::root().join("target");
-    std::fs::create_dir_all(&folder).map_err(|e| format!("{} cannot be made: {e}", folder.display()))?;
-    let results = folder.join(format!("conformance-{}.tsv", std::process::id()));
-    let names: Vec<_> = backends.iter().map(|b| b.name()).collect();
-    let mut command = suite.command();
-    command.env("QUORATE_RESULTS", &results).env("QUORATE_BACKENDS", names.join(","));
-    if let Some(url) = external {
-        // By environment, not by argument: a URL may hold a password, and arguments are public.
-        command.env("QUORATE_EXTERNAL", url);
+impl Suite<'_> {
+    /// Runs the cases, and those that failed among all others once more alone, if there are few: many failures are no
+    /// accident.
+    fn settled(&self, backends: &[Backend], case: Option<&str>) -> Outcome<BTreeMap<String, Row>> {
+        let mut rows = self.run(backends, case, false)?;
+        for backend in backends {
+            let Some(row) = rows.get_mut(backend.name()).filter(|row| row.failed.len() <= 3) else { continue };
+            for case in std::mem::take(&mut row.failed) {
+                headline(&format!("{}/{case} failed; once more, alone", backend.name()));
+                let again = self.run(&[*backend], Some(&case), true)?;
+                let passed = again.get(backend.name()).is_some_and(|row| row.failed.is_empty());
+                if passed { row.shaky.push(case) } else { row.failed.push(case) }
+            }
+            row.passed += row.shaky.len();
+        }
+        Ok(rows)
     }
-    match case {
-        Some(case) if exact => command.args(["--exact", &format!("{}/{case}", names.join(","))]),
-        Some(case) => command.arg(case),
-        None => &mut command,
-    };
-    let finished = status(&mut command)?;
-    let rows = table::read(&results);
-    let _ = std::fs::remove_file(&results);
-    let rows = rows?;
-    if !finished.success() && rows.values().all(|row| row.failed.is_empty()) {
-        return Err(format!("the conformance run broke off: {finished}"));
+
+    fn run(&self, backends: &[Backend], case: Option<&str>, exact: bool) -> Outcome<BTreeMap<String, Row>> {
+        headline(match self.docker {
+            Some(_) => "conformance cases on real servers in containers",
+            None => "conformance cases on real servers",
+        });
+        // Not there yet if CARGO_TARGET_DIR points elsewhere.
+        let folder = run::root().join("target");
+        std::fs::create_dir_all(&folder).map_err(|e| format!("{} cannot be made: {e}", folder.display()))?;
+        let results = folder.join(format!("conformance-{}.tsv", std::process::id()));
+        let names: Vec<_> = backends.iter().map(|b| b.name()).collect();
+        let mut command = self.binary.command();
+        command.env("QUORATE_RESULTS", &results).env("QUORATE_BACKENDS", names.join(","));
+        if let Some(url) = self.external {
+            // By environment, not by argument: a URL may hold a password, and arguments are public.
+            command.env("QUORATE_EXTERNAL", url);
+        }
+        match self.docker {
+            Some(docker) => docker.equip(command.env("QUORATE_SERVERS", "docker")),
+            None => {
+                command.env("QUORATE_SERVERS", "process");
+            }
+        }
+        match case {
+            Some(case) if exact => command.args(["--exact", &format!("{}/{case}", names.join(","))]),
+            Some(case) => command.arg(case),
+            None => &mut command,
+        };
+        let finished = status(&mut command)?;
+        let rows = table::read(&results);
+        let _ = std::fs::remove_file(&results);
+        let rows = rows?;
+        if !finished.success() && rows.values().all(|row| row.failed.is_empty()) {
+            return Err(format!("the conformance run broke off: {finished}"));
+        }
+        Ok(rows)
     }
-    Ok(rows)
 }
