@@ -16,6 +16,7 @@ pub mod outage;
 pub mod process;
 pub mod registry;
 pub mod secured;
+pub mod server;
 pub mod site;
 
 use std::{fmt, sync::Arc};

@@ -137,7 +137,7 @@ async fn a_stopped_server_makes_guards_invalid_in_time_and_calls_end(site: Arc<S
     let config = site.config().with_timeouts(Duration::from_secs(2), Duration::from_secs(1));
     let coord = connect(&config).await;
     let guard = coord.lock("job").acquire().await.expect("granted");
-    site.server().pause().expect("the server stops");
+    site.server().pause().await.expect("the server stops");
     let stopped = Instant::now();
     let deadline = guard.deadline();
     timeout(site.ttl() * 2, guard.lost()).await.expect("lost in time");
@@ -147,7 +147,7 @@ async fn a_stopped_server_makes_guards_invalid_in_time_and_calls_end(site: Arc<S
     assert!(matches!(kind, ErrorKind::Ambiguous | ErrorKind::Unavailable), "{kind}");
     let call = timeout(Duration::from_secs(30), coord.kv().get("k")).await.expect("the call ends");
     assert_eq!(call.expect_err("nobody answers").kind(), ErrorKind::Unavailable);
-    site.server().resume().expect("the server goes on");
+    site.server().resume().await.expect("the server goes on");
     recovered(&coord, "after").await;
 }
 

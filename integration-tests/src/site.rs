@@ -7,8 +7,9 @@ use std::{fmt, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use quorate::{Backend, Config, Coordinator, Nonce, Result};
 use quorate_conformance::Clients;
-use quorate_testkit::servers::{self, Server};
 use tokio::sync::OnceCell;
+
+use crate::server::{Launcher, Server};
 
 /// The backends, by the names of their schemes.
 pub const BACKENDS: [&str; 5] = ["memory", "etcd", "redis", "consul", "zookeeper"];
@@ -35,22 +36,10 @@ impl Site {
     /// # Errors
     /// How to get the server, if it is missing, or the end of its log.
     pub async fn start(backend: &'static str) -> Result<Self, String> {
-        let server = match backend {
-            "memory" => return Ok(Self { backend, url: format!("memory://{}", unique()), server: None }),
-            "etcd" => servers::Etcd::start(servers::EtcdOptions::default()).await,
-            "redis" => {
-                // With its data on disk, as whoever needs locks to survive a restart would run it.
-                let persistence = servers::Persistence::Always;
-                servers::Redis::start(servers::RedisOptions { persistence, ..Default::default() }).await
-            }
-            "consul" => {
-                // For all processes of all cases, which have one address.
-                servers::Consul::start(servers::ConsulOptions { connections: 2000, ..Default::default() }).await
-            }
-            "zookeeper" => servers::ZooKeeper::start(servers::ZooKeeperOptions::default()).await,
-            other => return Err(format!("{other} is not a backend")),
-        };
-        let server = server.map_err(|e| e.to_string())?;
+        if backend == "memory" {
+            return Ok(Self { backend, url: format!("memory://{}", unique()), server: None });
+        }
+        let server = Launcher::chosen().start(backend).await?;
         Ok(Self { backend, url: server.url(), server: Some(server) })
     }
 
@@ -60,7 +49,7 @@ impl Site {
     /// As for [`start`](Self::start).
     pub async fn start_secured(backend: &'static str) -> Result<Self, String> {
         let (server, url) = crate::secured::start(backend).await?;
-        Ok(Self { backend, url, server: Some(server) })
+        Ok(Self { backend, url, server: Some(Server::Process(Box::new(server))) })
     }
 
     /// A server that somebody else runs.

@@ -1,8 +1,9 @@
 //! Runs every case on every backend, each as a test of its own name: `etcd/lock/grants_follow_arrival`.
 //!
 //! By environment: `QUORATE_BACKENDS` (names, separated by commas), `QUORATE_EXTERNAL` (the URL of a server to use
-//! instead of one that is started), `QUORATE_SECURED` (servers with TLS, for a user with the least rights; the cases that
-//! break processes and servers are left out), `QUORATE_SHARE` (only one in so many cases of the contract), `QUORATE_RESULTS` (a file to which every outcome is written).
+//! instead of one that is started), `QUORATE_SERVERS` (`process` or `docker`: how servers are started), `QUORATE_SECURED`
+//! (servers with TLS, for a user with the least rights; the cases that break processes and servers are left out),
+//! `QUORATE_SHARE` (only one in so many cases of the contract), `QUORATE_RESULTS` (a file to which every outcome is written).
 
 use std::{
     fs::File,

@@ -32,6 +32,11 @@ pub struct Missing {
 }
 
 impl Missing {
+    /// Whether this machine has it.
+    pub fn is_present(&self) -> bool {
+        is_present(self)
+    }
+
     /// What to do about it, for a person.
     pub fn how(&self) -> String {
         let mut how = format!("install the Debian package {}", self.packages.join(" "));
@@ -73,6 +78,11 @@ pub(crate) const PYTHON: Missing = program("python3", &["python3", "python3-venv
 const VENV: Missing =
     Missing { what: "ensurepip", packages: &["python3-venv"], note: "a module of python3; pip does as well" };
 
+const DOCKER: Missing = program("docker", &["docker.io"]);
+const DOCKERD: Missing = program("dockerd", &["docker.io"]);
+const IPTABLES: Missing = program("iptables", &["iptables"]);
+const DEBOOTSTRAP: Missing = program("debootstrap", &["debootstrap"]);
+
 const ALL: [Missing; 17] = [
     ETCD,
     ETCDCTL,
@@ -96,6 +106,16 @@ const ALL: [Missing; 17] = [
 /// What the servers and the build need and this machine lacks. Empty means that all tests can run.
 pub fn missing() -> Vec<Missing> {
     ALL.into_iter().filter(|item| !is_present(item)).collect()
+}
+
+/// What the build needs, and nothing that only runs need.
+pub fn of_build() -> Vec<Missing> {
+    vec![PROTOC, PROTOS]
+}
+
+/// What a Docker daemon needs that is started here, and images that are made here.
+pub fn docker_daemon() -> Vec<Missing> {
+    vec![DOCKER, DOCKERD, IPTABLES, DEBOOTSTRAP]
 }
 
 fn is_present(item: &Missing) -> bool {

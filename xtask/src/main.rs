@@ -7,6 +7,7 @@
 mod bench;
 mod binaries;
 mod check;
+mod containers;
 mod run;
 mod table;
 mod test;
@@ -32,6 +33,8 @@ enum Command {
     Check,
     /// Install what the tests need and is missing, and nothing else.
     Install,
+    /// Run a command with a Docker daemon and the servers' images: without one, bring the images and no more.
+    Docker(DockerArgs),
 }
 
 /// Options of `cargo xtask test`.
@@ -53,6 +56,30 @@ struct TestArgs {
     /// Run the conformance cases on this server instead of one that is started here.
     #[arg(long, value_name = "URL")]
     external: Option<String>,
+    /// How servers are started. In containers only the conformance suite is run, on every backend that has a server, and
+    /// what starts containers for users.
+    #[arg(long, value_enum, default_value_t = Servers::Process, conflicts_with = "external")]
+    servers: Servers,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Servers {
+    Process,
+    Docker,
+}
+
+/// Options of `cargo xtask docker`.
+#[derive(Args)]
+struct DockerArgs {
+    /// Only this server's image; may be given more than once.
+    #[arg(long, value_name = "NAME")]
+    server: Vec<String>,
+    /// Install nothing; say what is missing.
+    #[arg(long)]
+    no_install: bool,
+    /// What to run, after `--`: it finds DOCKER_HOST and the images' names in its environment.
+    #[arg(last = true)]
+    command: Vec<String>,
 }
 
 /// Options of `cargo xtask bench`.
@@ -105,6 +132,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::bench(&args),
         Command::Check => check::check(),
         Command::Install => run::install(false),
+        Command::Docker(args) => containers::run(&args),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -5,6 +5,8 @@ use std::{
     process::{Command, ExitStatus},
 };
 
+use quorate_testkit::install::{self, Missing};
+
 /// What went wrong, in a sentence for the person at the terminal.
 pub(crate) type Outcome<T = ()> = Result<T, String>;
 
@@ -46,8 +48,12 @@ pub(crate) fn has(program: &str, arg: &str) -> bool {
 
 /// Installs what is missing, or only says what is.
 pub(crate) fn install(only_say: bool) -> Outcome {
-    use quorate_testkit::install;
-    let missing = install::missing();
+    install_these(&install::missing(), only_say)
+}
+
+/// The same for these, if they are missing.
+pub(crate) fn install_these(wanted: &[Missing], only_say: bool) -> Outcome {
+    let missing: Vec<_> = wanted.iter().copied().filter(|item| !item.is_present()).collect();
     if missing.is_empty() {
         return Ok(());
     }

@@ -2,14 +2,20 @@
 
 use std::collections::BTreeMap;
 
+use quorate_testkit::install;
+
 use crate::{
-    Backend, TestArgs,
+    Backend, Servers, TestArgs,
     binaries::{self, Binary},
+    containers::Docker,
     run::{self, Outcome, cargo, headline, must, status},
     table::{self, Own, Row},
 };
 
 pub(crate) fn test(args: &TestArgs) -> Outcome {
+    if args.servers == Servers::Docker {
+        return in_containers(args);
+    }
     run::install(args.no_install)?;
     let backends = match &args.external {
         Some(url) => vec![Backend::of_url(url).ok_or("--external needs a URL such as etcd://host:2379/namespace")?],
@@ -38,16 +44,42 @@ pub(crate) fn test(args: &TestArgs) -> Outcome {
         tables.push((pass, rows));
     }
     let bank = !everything || !args.backend.is_empty() || bank(&binaries)?;
+    told(&tables)?;
+    if bank { Ok(()) } else { Err("the bank over several backends failed; see above".to_owned()) }
+}
+
+/// The conformance suite on servers in containers, and the tests of what starts containers for users.
+fn in_containers(args: &TestArgs) -> Outcome {
+    run::install_these(&install::of_build(), args.no_install)?;
+    let mut backends = Backend::chosen(&args.backend);
+    backends.retain(|backend| *backend != Backend::Memory);
+    let servers: Vec<_> = backends.iter().map(|b| b.name()).collect();
+    let docker = Docker::start(&servers, args.no_install)?;
+    let binaries = binaries::build()?;
+    if args.case.is_none() && args.backend.is_empty() {
+        headline("servers in containers, as users start them");
+        let mut command = find(&binaries, USERS)?.command();
+        command.envs(docker.environment());
+        must("tests of quorate-testcontainers", &mut command)?;
+    }
+    let mut environment = vec![("QUORATE_SERVERS".to_owned(), "docker".to_owned())];
+    environment.extend(docker.environment());
+    let pass = Pass { title: "conformance cases on real servers in containers", backends, environment };
+    let suite = find(&binaries, SUITE)?;
+    let mut rows = conformance(suite, &pass, &pass.backends, args.case.as_deref(), false)?;
+    settle(suite, &pass, &mut rows)?;
+    told(&[(pass, rows)])
+}
+
+/// Prints a table for each pass.
+fn told(tables: &[(Pass, BTreeMap<String, Row>)]) -> Outcome {
     let mut good = true;
-    for (pass, rows) in &tables {
+    for (pass, rows) in tables {
         println!("\n{}", pass.title);
         let names: Vec<_> = pass.backends.iter().map(|b| b.name()).collect();
         good &= table::print(&names, rows);
     }
-    if !good {
-        return Err("not everything passed; see the tables".to_owned());
-    }
-    if bank { Ok(()) } else { Err("the bank over several backends failed; see above".to_owned()) }
+    if good { Ok(()) } else { Err("not everything passed; see the tables".to_owned()) }
 }
 
 /// One run of the conformance cases.
@@ -55,7 +87,7 @@ struct Pass {
     title: &'static str,
     backends: Vec<Backend>,
     /// By environment, not by argument: a URL may hold a password, and arguments are public.
-    environment: Vec<(&'static str, String)>,
+    environment: Vec<(String, String)>,
 }
 
 impl Pass {
@@ -70,14 +102,14 @@ const SECURED_SHARE: &str = "3";
 fn passes(args: &TestArgs, backends: &[Backend], everything: bool) -> Vec<Pass> {
     let mut passes = Vec::new();
     if !args.secured {
-        let environment = args.external.iter().map(|url| ("QUORATE_EXTERNAL", url.clone())).collect();
+        let environment = args.external.iter().map(|url| ("QUORATE_EXTERNAL".to_owned(), url.clone())).collect();
         passes.push(Pass { title: "conformance cases on real servers", backends: backends.to_vec(), environment });
     }
     let servers: Vec<_> = backends.iter().copied().filter(|backend| *backend != Backend::Memory).collect();
     if (everything || args.secured) && !servers.is_empty() {
-        let mut environment = vec![("QUORATE_SECURED", "1".to_owned())];
+        let mut environment = vec![("QUORATE_SECURED".to_owned(), "1".to_owned())];
         if everything {
-            environment.push(("QUORATE_SHARE", SECURED_SHARE.to_owned()));
+            environment.push(("QUORATE_SHARE".to_owned(), SECURED_SHARE.to_owned()));
         }
         let title = "the same over TLS, for a user with the least rights";
         passes.push(Pass { title, backends: servers, environment });
@@ -98,6 +130,9 @@ fn package(backend: Backend) -> String {
 /// The program with the cases that run on every backend.
 const SUITE: (&str, &str) = ("quorate-integration-tests", "conformance");
 
+/// The program with the tests of containers for users, which need a Docker daemon.
+const USERS: (&str, &str) = ("quorate-testcontainers", "servers");
+
 /// The program with the bank that spans backends.
 const BANK: (&str, &str) = ("quorate-integration-tests", "bank");
 
@@ -110,7 +145,7 @@ fn find<'a>(binaries: &'a [Binary], which: (&str, &str)) -> Outcome<&'a Binary> 
 fn shared_tests(binaries: &[Binary]) -> Outcome {
     headline("tests of what all backends share");
     let of_backends: Vec<_> = Backend::ALL.into_iter().map(package).collect();
-    let later = |binary: &Binary| [SUITE, BANK].contains(&(binary.package.as_str(), binary.target.as_str()));
+    let later = |binary: &Binary| [SUITE, BANK, USERS].contains(&(binary.package.as_str(), binary.target.as_str()));
     for binary in binaries.iter().filter(|b| !b.is_example && !of_backends.contains(&b.package)) {
         if !later(binary) && run_twice(binary)? == Own::Failed {
             return Err(format!("tests of {} failed: {}", binary.package, binary.target));
@@ -174,7 +209,7 @@ fn conformance(
     let results = folder.join(format!("conformance-{}.tsv", std::process::id()));
     let names: Vec<_> = backends.iter().map(|b| b.name()).collect();
     let mut command = suite.command();
-    command.env("QUORATE_RESULTS", &results).env("QUORATE_BACKENDS", names.join(","));
+    command.env("QUORATE_RESULTS", &results).env("QUORATE_BACKENDS", names.join(",")).env("QUORATE_SERVERS", "process");
     command.envs(pass.environment.iter().map(|(name, value)| (name, value)));
     match case {
         Some(case) if exact => {

@@ -17,7 +17,7 @@ use quorate::{
     ErrorKind,
     commit::{Decision, TransactionsOptions, TxId},
 };
-use quorate_testkit::servers::{self, Postgres, PostgresOptions, Server};
+use quorate_testkit::servers::{Postgres, PostgresOptions};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{
@@ -26,7 +26,10 @@ use super::{
     ledger::{self, Ledger},
     watched::Note,
 };
-use crate::site::{Site, connect_long};
+use crate::{
+    server::Server,
+    site::{Site, connect_long},
+};
 
 /// How the error of a run begins that was right in everything and shows nothing.
 pub const VOID: &str = "too little happened to show anything";
@@ -232,11 +235,12 @@ pub async fn run(plan: &Plan) -> Result<Figures, String> {
     let coords = futures_util::future::join_all(configs.iter().map(connect_long)).await;
     let parts: Vec<_> = plan.backends.iter().zip(&coords).map(|(name, coord)| Part::new(name, coord)).collect();
     let options = TransactionsOptions::default();
-    let postgres = match plan.book {
+    let book = match plan.book {
         true => Some(Postgres::start(PostgresOptions::default()).await.map_err(|e| e.to_string())?),
         false => None,
     };
-    let book_url = postgres.as_ref().map(|server| format!("postgresql://quorate@{}/postgres", server.addr()));
+    let book_url = book.as_ref().map(|server| format!("postgresql://quorate@{}/postgres", server.addr()));
+    let postgres = book.map(|server| Server::Process(Box::new(server)));
     let ledger = book_url.as_deref().map(Ledger::new).transpose().map_err(|e| e.to_string())?;
     let bank =
         Bank::open(&coords[0], GROUP, &parts, ledger.as_ref(), options, &Note::nobody()).map_err(|e| e.to_string())?;
@@ -258,7 +262,7 @@ pub async fn run(plan: &Plan) -> Result<Figures, String> {
     let breaking = harm(&victims, &tellers, &recoverers, began + plan.length);
     let mut reads = 0;
     let restarts = tokio::select! {
-        restarts = breaking => restarts.map_err(|e| e.to_string())?,
+        restarts = breaking => restarts?,
         never = watch_total(&bank, &mut reads) => match never {},
     };
     let seconds = began.elapsed().as_secs_f64();
@@ -288,12 +292,7 @@ pub async fn run(plan: &Plan) -> Result<Figures, String> {
 }
 
 /// Kills somebody every now and then, and breaks a server less often, one after the other.
-async fn harm(
-    servers: &[&Server],
-    tellers: &[Keeper],
-    recoverers: &[Keeper],
-    until: Instant,
-) -> Result<usize, servers::Error> {
+async fn harm(servers: &[&Server], tellers: &[Keeper], recoverers: &[Keeper], until: Instant) -> Result<usize, String> {
     let any = |keepers: &[Keeper]| {
         let keeper = &keepers[rand::random_range(0..keepers.len())];
         match rand::random_range(0..4) {
@@ -330,9 +329,9 @@ async fn harm(
         // And one that hangs for a while, which is not the same as one that is gone.
         if rand::random_bool(0.3) {
             sleep(Duration::from_millis(500)).await;
-            server.pause()?;
+            server.pause().await?;
             sleep(Duration::from_millis(rand::random_range(200..3000))).await;
-            server.resume()?;
+            server.resume().await?;
         }
     }
     Ok(restarts)

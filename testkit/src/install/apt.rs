@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{CONSUL, Missing, in_path, missing};
+use super::{CONSUL, Missing, in_path};
 use crate::servers::Error;
 
 /// The last Debian release with Consul.
@@ -21,7 +21,7 @@ const CONSUL_SUITE: &str = "bullseye";
 /// [`Error::Unsupported`] when this is not root on Debian, with the exact list to install by hand;
 /// [`Error::Command`] when apt-get failed, or when something is missing although it succeeded.
 pub fn install(wanted: &[Missing]) -> Result<(), Error> {
-    let wanted: Vec<Missing> = missing().into_iter().filter(|item| wanted.contains(item)).collect();
+    let wanted: Vec<Missing> = wanted.iter().copied().filter(|item| !item.is_present()).collect();
     if wanted.is_empty() {
         return Ok(());
     }
@@ -42,7 +42,7 @@ pub fn install(wanted: &[Missing]) -> Result<(), Error> {
         .args(["-o", "Dpkg::Use-Pty=0"])
         .args(&packages)
         .env("DEBIAN_FRONTEND", "noninteractive"))?;
-    let still: Vec<Missing> = missing().into_iter().filter(|item| wanted.contains(item)).collect();
+    let still: Vec<Missing> = wanted.into_iter().filter(|item| !item.is_present()).collect();
     if still.is_empty() {
         Ok(())
     } else {

@@ -1,0 +1,40 @@
+#!/bin/sh
+# Compose for one profile, with whichever Compose this machine has.
+#   compose.sh PROFILE up        starts, and waits until every health check passes
+#   compose.sh PROFILE down      stops, and forgets all data
+#   compose.sh PROFILE ARGS...   anything else, such as ps, logs redis, kill etcd2
+# docker/local.env, made by `images.sh >local.env`, names other images than .env does.
+set -eu
+cd "$(dirname "$0")"
+profile=$1 command=$2
+if docker compose version >/dev/null 2>&1; then
+  compose() { docker compose "$@"; }
+else
+  compose() { docker-compose "$@"; }
+fi
+if [ -s local.env ]; then
+  set -a
+  # shellcheck disable=SC1091
+  . ./local.env
+  set +a
+fi
+shift
+[ "$command" != down ] || set -- down --volumes --remove-orphans
+if [ "$command" != up ]; then
+  compose --profile "$profile" "$@"
+  exit
+fi
+compose --profile "$profile" up --detach
+left=120
+while :; do
+  waits=$(compose --profile "$profile" ps --quiet | xargs docker inspect --format \
+    '{{.Name}} {{if .State.Health}}{{.State.Health.Status}}{{else}}{{.State.Status}}{{end}}' | grep -v -E ' (healthy|running)$' || true)
+  [ -n "$waits" ] || exit 0
+  if [ "$left" = 0 ]; then
+    echo "not healthy after 120 s:" >&2
+    echo "$waits" >&2
+    exit 1
+  fi
+  sleep 1
+  left=$((left - 1))
+done
