@@ -7,10 +7,11 @@
 set -eu
 cd "$(dirname "$0")"
 profile=$1 command=$2
+# A project for each: `down` of one leaves the others and their data alone.
 if docker compose version >/dev/null 2>&1; then
-  compose() { docker compose "$@"; }
+  compose() { docker compose --project-name "quorate-$profile" --profile "$profile" "$@"; }
 else
-  compose() { docker-compose "$@"; }
+  compose() { docker-compose --project-name "quorate-$profile" --profile "$profile" "$@"; }
 fi
 if [ -s local.env ]; then
   set -a
@@ -19,15 +20,15 @@ if [ -s local.env ]; then
   set +a
 fi
 shift
-[ "$command" != down ] || set -- down --volumes --remove-orphans
+[ "$command" != down ] || set -- down --volumes
 if [ "$command" != up ]; then
-  compose --profile "$profile" "$@"
+  compose "$@"
   exit
 fi
-compose --profile "$profile" up --detach
+compose up --detach
 left=120
 while :; do
-  waits=$(compose --profile "$profile" ps --quiet | xargs docker inspect --format \
+  waits=$(compose ps --quiet | xargs docker inspect --format \
     '{{.Name}} {{if .State.Health}}{{.State.Health.Status}}{{else}}{{.State.Status}}{{end}}' | grep -v -E ' (healthy|running)$' || true)
   [ -n "$waits" ] || exit 0
   if [ "$left" = 0 ]; then

@@ -156,3 +156,19 @@ async fn container(backend: &str) -> Result<containers::Server, String> {
     };
     containers::Server::start(kind).await.map_err(|e| e.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tests_and_compose_run_the_same_published_images() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docker/.env");
+        let compose = std::fs::read_to_string(path).expect("it is in the repository");
+        for kind in [Kind::Etcd, Kind::Redis, Kind::Valkey, Kind::Consul, Kind::ZooKeeper] {
+            let variable = format!("QUORATE_{}_IMAGE=", kind.to_string().to_uppercase());
+            let listed = compose.lines().find_map(|line| line.strip_prefix(&variable));
+            assert_eq!(listed, Some(kind.published_image()), "{kind}");
+        }
+    }
+}

@@ -41,16 +41,21 @@ impl Kind {
         }
     }
 
-    /// The image that is used, by the environment or by default.
+    /// The published image, in the version that quorate's own tests run.
+    pub fn published_image(self) -> &'static str {
+        match self {
+            Self::Etcd => "quay.io/coreos/etcd:v3.4.23",
+            Self::Redis => "redis:7.0.15",
+            Self::Valkey => "valkey/valkey:8.1.1",
+            Self::Consul => "consul:1.8.7",
+            Self::ZooKeeper => "zookeeper:3.8.0",
+        }
+    }
+
+    /// The image that is used: the environment's, or else the published one.
     pub fn image(self) -> String {
-        let (variable, published) = match self {
-            Self::Etcd => ("QUORATE_ETCD_IMAGE", "quay.io/coreos/etcd:v3.4.23"),
-            Self::Redis => ("QUORATE_REDIS_IMAGE", "redis:7.0.15"),
-            Self::Valkey => ("QUORATE_VALKEY_IMAGE", "valkey/valkey:8.1.1"),
-            Self::Consul => ("QUORATE_CONSUL_IMAGE", "consul:1.8.7"),
-            Self::ZooKeeper => ("QUORATE_ZOOKEEPER_IMAGE", "zookeeper:3.8.0"),
-        };
-        env::var(variable).ok().filter(|name| !name.is_empty()).unwrap_or_else(|| published.to_owned())
+        let variable = format!("QUORATE_{}_IMAGE", self.to_string().to_uppercase());
+        env::var(variable).ok().filter(|name| !name.is_empty()).unwrap_or_else(|| self.published_image().to_owned())
     }
 
     /// What is run, with the settings that quorate's own tests use.
