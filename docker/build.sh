@@ -12,9 +12,14 @@ if [ -z "$base" ]; then
 fi
 # What apt goes through here, it goes through there as well.
 proxy=$(apt-config dump --format '%v%n' Acquire::http::Proxy 2>/dev/null | head -n 1)
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
 for server in "$@"; do
   # The network of this machine: a build needs no bridge.
-  docker build --quiet --network host --build-arg "BASE_IMAGE=$base" --build-arg "http_proxy=$proxy" \
-    --tag "quorate/$server:local" --file "$server/Dockerfile" . >/dev/null
+  if ! docker build --network host --build-arg "BASE_IMAGE=$base" --build-arg "http_proxy=$proxy" \
+    --tag "quorate/$server:local" --file "$server/Dockerfile" . >"$log" 2>&1; then
+    tail -n 30 "$log" >&2
+    exit 1
+  fi
   echo "quorate/$server:local"
 done

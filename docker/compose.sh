@@ -6,6 +6,10 @@
 # docker/local.env, made by `images.sh >local.env`, names other images than .env does.
 set -eu
 cd "$(dirname "$0")"
+if [ $# -lt 2 ]; then
+  sed -n 's/^#   //p' compose.sh >&2
+  exit 64
+fi
 profile=$1 command=$2
 # A project for each: `down` of one leaves the others and their data alone.
 if docker compose version >/dev/null 2>&1; then

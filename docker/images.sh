@@ -25,6 +25,7 @@ for server in "$@"; do
   fi
 done
 if [ -n "$build" ]; then
+  echo "no registry: images are built on this machine" >&2
   # shellcheck disable=SC2086
-  ./build.sh $build >&2
+  ./build.sh $build >/dev/null
 fi

@@ -49,7 +49,7 @@ impl Docker {
         if !BufReader::new(stdout).read_line(&mut host).is_ok_and(|length| length > 0) {
             return Err(
                 "containers need a Docker daemon, and there is none (see above); name one with DOCKER_HOST, or \
-                        leave containers out with --servers process"
+                        leave containers out with --servers process (.ci/run --no-containers)"
                     .to_owned(),
             );
         }

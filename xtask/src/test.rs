@@ -57,10 +57,11 @@ fn in_containers(args: &TestArgs) -> Outcome {
     let docker = Docker::start(&servers, args.no_install)?;
     let binaries = binaries::build()?;
     if args.case.is_none() && args.backend.is_empty() {
-        headline("servers in containers, as users start them");
-        let mut command = find(&binaries, USERS)?.command();
-        command.envs(docker.environment());
-        must("tests of quorate-testcontainers", &mut command)?;
+        for binary in binaries.iter().filter(|binary| is_for_users(binary)) {
+            let mut command = binary.command();
+            command.envs(docker.environment());
+            must(&format!("{} of {}", binary.target, binary.package), &mut command)?;
+        }
     }
     let mut environment = vec![("QUORATE_SERVERS".to_owned(), "docker".to_owned())];
     environment.extend(docker.environment());
@@ -130,8 +131,10 @@ fn package(backend: Backend) -> String {
 /// The program with the cases that run on every backend.
 const SUITE: (&str, &str) = ("quorate-integration-tests", "conformance");
 
-/// The program with the tests of containers for users, which need a Docker daemon.
-const USERS: (&str, &str) = ("quorate-testcontainers", "servers");
+/// Whether it holds tests of containers for users, which need a Docker daemon.
+fn is_for_users(binary: &Binary) -> bool {
+    binary.package == "quorate-testcontainers" && binary.target != "unit tests"
+}
 
 /// The program with the bank that spans backends.
 const BANK: (&str, &str) = ("quorate-integration-tests", "bank");
@@ -145,7 +148,9 @@ fn find<'a>(binaries: &'a [Binary], which: (&str, &str)) -> Outcome<&'a Binary> 
 fn shared_tests(binaries: &[Binary]) -> Outcome {
     headline("tests of what all backends share");
     let of_backends: Vec<_> = Backend::ALL.into_iter().map(package).collect();
-    let later = |binary: &Binary| [SUITE, BANK, USERS].contains(&(binary.package.as_str(), binary.target.as_str()));
+    let later = |binary: &Binary| {
+        [SUITE, BANK].contains(&(binary.package.as_str(), binary.target.as_str())) || is_for_users(binary)
+    };
     for binary in binaries.iter().filter(|b| !b.is_example && !of_backends.contains(&b.package)) {
         if !later(binary) && run_twice(binary)? == Own::Failed {
             return Err(format!("tests of {} failed: {}", binary.package, binary.target));
