@@ -17,7 +17,7 @@ trap 'rm -f "$log"' EXIT
 for server in "$@"; do
   # The network of this machine: a build needs no bridge.
   if ! docker build --network host --build-arg "BASE_IMAGE=$base" --build-arg "http_proxy=$proxy" \
-    --tag "quorate/$server:local" --file "$server/Dockerfile" . >"$log" 2>&1; then
+    --tag "quorate/$server:local" --tag "localhost/quorate/$server:local" --file "$server/Dockerfile" . >"$log" 2>&1; then
     tail -n 30 "$log" >&2
     exit 1
   fi

@@ -7,6 +7,7 @@ set -eu
 cd "$(dirname "$0")"
 [ $# -gt 0 ] || set -- etcd redis valkey consul zookeeper postgres
 build=
+own=
 for server in "$@"; do
   variable=QUORATE_$(echo "$server" | tr '[:lower:]' '[:upper:]')_IMAGE
   eval "image=\${$variable:-}"
@@ -15,6 +16,14 @@ for server in "$@"; do
     continue
   fi
   image=$(sed -n "s/^$variable=//p" .env)
+  # Nobody publishes these.
+  case "$image" in
+    localhost/*)
+      docker image inspect "$image" >/dev/null 2>&1 || own="$own $server"
+      echo "$variable=$image"
+      continue
+      ;;
+  esac
   # A registry that could not be reached for one is not asked for the others.
   if docker image inspect "$image" >/dev/null 2>&1 ||
     { [ -z "$build" ] && timeout 300 docker pull --quiet "$image" >/dev/null; }; then
@@ -24,8 +33,8 @@ for server in "$@"; do
     echo "$variable=quorate/$server:local"
   fi
 done
-if [ -n "$build" ]; then
-  echo "no registry: images are built on this machine" >&2
+if [ -n "$build$own" ]; then
+  [ -z "$build" ] || echo "no registry: images are built on this machine" >&2
   # shellcheck disable=SC2086
-  ./build.sh $build >/dev/null
+  ./build.sh $own $build >/dev/null
 fi

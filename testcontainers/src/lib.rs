@@ -33,7 +33,7 @@
 //!
 //! | server | image | variable |
 //! |---|---|---|
-//! | etcd | `quay.io/coreos/etcd:v3.4.23` | `QUORATE_ETCD_IMAGE` |
+//! | etcd | `localhost/quorate/etcd:local`, which `docker/images.sh etcd` builds | `QUORATE_ETCD_IMAGE`: name here the image that etcd's makers publish |
 //! | Redis | `redis:7.0.15` | `QUORATE_REDIS_IMAGE` |
 //! | Valkey | `valkey/valkey:8.1.1` | `QUORATE_VALKEY_IMAGE` |
 //! | Consul | `consul:1.8.7` | `QUORATE_CONSUL_IMAGE` |
