@@ -108,6 +108,25 @@ async fn the_documented_permissions_suffice_and_each_is_needed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_password_is_replaced_while_it_is_in_use() {
+    let server = server().await;
+    let raw = Raw::of(&server).await;
+    let mut words = vec!["ACL", "SETUSER", "app", "reset", "on", ">old"];
+    words.extend(RULES);
+    raw.ask::<String>(&words).await;
+    let secret = quorate_core::Secret::new("old");
+    let config = Config::parse(&format!("redis://{}/t", server.addr())).unwrap().with_login("app", secret.clone());
+    let b = open(&config).await;
+    let lease = lease(&b).await;
+    raw.ask::<String>(&["ACL", "SETUSER", "app", "resetpass", ">new"]).await;
+    secret.replace("new");
+    // Whatever comes after the loss of the connections logs in with the new one.
+    raw.ask::<i64>(&["CLIENT", "KILL", "USER", "app"]).await;
+    persist(|| b.renew(&lease)).await;
+    b.commit(&txn(vec![], vec![put(&key("k"), "v", Some(&lease))])).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tls_with_an_own_ca_and_a_client_certificate_works_and_without_them_does_not() {
     let files = TlsFiles::generate().unwrap();
     let server = started(RedisOptions { tls: Some(files.clone()), ..RedisOptions::default() }).await;

@@ -45,6 +45,21 @@ async fn a_token_that_consul_does_not_know_is_denied_and_not_shown() {
 }
 
 #[tokio::test]
+async fn a_token_is_replaced_while_it_is_in_use() {
+    let server = ruled().await;
+    let rules = r#"key_prefix "app/" { policy = "write" } session_prefix "" { policy = "write" }"#;
+    let (first, second) = (token(server.addr(), "one", rules).await, token(server.addr(), "two", rules).await);
+    let secret = quorate_core::Secret::new(first);
+    let client = Consul::connect(&config(server.addr()).with_token(secret.clone())).await.unwrap();
+    commit(&client, [put("a", "1", None)]).await;
+    secret.replace(ROOT.replace('5', "6"));
+    assert_eq!(client.read(&all()).await.unwrap_err().kind(), ErrorKind::Denied, "the new one is sent");
+    secret.replace(second);
+    commit(&client, [put("a", "2", None)]).await;
+    assert_eq!(value(&client, "a").await.unwrap().0, "2");
+}
+
+#[tokio::test]
 async fn without_the_right_to_services_leases_are_plain_sessions_and_the_profile_says_so() {
     let server = ruled().await;
     let rules = r#"key_prefix "app/" { policy = "write" } session_prefix "" { policy = "write" }"#;
