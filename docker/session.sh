@@ -3,31 +3,6 @@
 # the end all containers of the run are removed, and a daemon that was started is stopped; its images stay in FOLDER.
 #   session.sh RUN FOLDER      prints DOCKER_HOST when the daemon answers
 set -eu
-run=$1 folder=$2
-if docker version >/dev/null 2>&1; then
-  echo "${DOCKER_HOST:-}"
-  # Whoever started us ends us by ending: Ctrl-C is for them.
-  trap '' INT
-  read -r _ || true
-  docker ps --all --quiet --filter "label=org.quorate.testcontainers=$run" | xargs --no-run-if-empty docker rm --force --volumes >/dev/null
-  exit 0
-fi
-
-mkdir -p -m 0700 "$folder"
-if [ ! -O "$folder" ]; then
-  echo "$folder belongs to somebody else" >&2
-  exit 1
-fi
-exec 9>"$folder/lock"
-if ! flock --timeout 900 9; then
-  echo "another run has had $folder for 15 minutes" >&2
-  exit 1
-fi
-# A socket's path may have 107 characters.
-short=$(mktemp --directory /tmp/quorate-docker-XXXXXX)
-DOCKER_HOST=unix://$short/docker.sock
-export DOCKER_HOST
-daemon=
 
 end() {
   trap '' EXIT HUP INT TERM
@@ -40,8 +15,6 @@ end() {
   awk -v under="$short/" 'index($2, under) == 1 { print $2 }' /proc/mounts | xargs --no-run-if-empty umount
   rm -rf "$short"
 }
-trap end EXIT
-trap 'exit 1' HUP INT TERM
 
 # start OPTION...: true when the daemon answers
 start() {
@@ -62,11 +35,45 @@ start() {
   return 1
 }
 
-# Where the kernel lacks address translation, ports are published all the same: by Docker's own proxy.
-if ! start && ! start --iptables=false; then
-  echo "dockerd does not start on this machine; the end of $folder/log:" >&2
-  grep -v 'level=info' "$folder/log" | tail -n 20 >&2
-  exit 1
-fi
-echo "$DOCKER_HOST"
-read -r _ || true
+# Read to its end before anything is done: it runs for long, and may be edited meanwhile.
+main() {
+  run=$1 folder=$2
+  if docker version >/dev/null 2>&1; then
+    echo "${DOCKER_HOST:-$(docker context inspect --format '{{.Endpoints.docker.Host}}' 2>/dev/null || true)}"
+    # Whoever started us ends us by ending: Ctrl-C is for them.
+    trap '' INT
+    read -r _ || true
+    docker ps --all --quiet --filter "label=org.quorate.testcontainers=$run" | xargs --no-run-if-empty docker rm --force --volumes >/dev/null
+    exit 0
+  fi
+
+  mkdir -p -m 0700 "$folder"
+  if [ ! -O "$folder" ]; then
+    echo "$folder belongs to somebody else" >&2
+    exit 1
+  fi
+  exec 9>"$folder/lock"
+  if ! flock --timeout 900 9; then
+    echo "another run has had $folder for 15 minutes" >&2
+    exit 1
+  fi
+  # A socket's path may have 107 characters.
+  short=$(mktemp --directory /tmp/quorate-docker-XXXXXX)
+  DOCKER_HOST=unix://$short/docker.sock
+  export DOCKER_HOST
+  daemon=
+  trap end EXIT
+  trap 'exit 1' HUP INT TERM
+
+  # Where the kernel lacks address translation, ports are published all the same: by Docker's own proxy.
+  if ! start && ! start --iptables=false; then
+    echo "dockerd does not start on this machine; the end of $folder/log:" >&2
+    grep -v 'level=info' "$folder/log" | tail -n 20 >&2
+    exit 1
+  fi
+  echo "$DOCKER_HOST"
+  read -r _ || true
+}
+
+main "$@"
+exit
