@@ -83,7 +83,7 @@ pub struct Seen {
     written: AtomicU64,
     /// The last number that the watcher was told.
     pub watched: AtomicU64,
-    /// The watcher was told an older number after a newer one, without a gap in between.
+    /// The watcher was told an older revision after a newer one, or one twice, without a gap in between.
     pub backwards: AtomicUsize,
     /// The fewest instances that the consumer saw.
     pub fewest: AtomicUsize,
@@ -236,26 +236,27 @@ async fn write(coord: Coordinator, seen: Arc<Seen>) {
 }
 
 async fn watch(coord: Coordinator, seen: Arc<Seen>) {
-    let mut last = 0;
+    // By revision, not by number: a write that was given up as unsure may land after the next one.
+    let mut last = None;
     loop {
         let Ok(mut watch) = coord.kv().watch("number").await else {
             sleep(Duration::from_millis(50)).await;
             continue;
         };
         while let Ok(event) = watch.next().await {
-            let told = match event {
+            let entry = match event {
                 KvEvent::Reset(entries) => {
                     // What was lost with a primary may be told so.
-                    last = 0;
-                    entries.iter().map(|entry| number(&entry.value)).max()
+                    last = None;
+                    entries.into_iter().max_by_key(|entry| entry.modified)
                 }
-                KvEvent::Put(entry) => Some(number(&entry.value)),
+                KvEvent::Put(entry) => Some(entry),
                 _ => None,
             };
-            if let Some(told) = told {
-                seen.backwards.fetch_add(usize::from(told < last), Ordering::AcqRel);
-                last = told;
-                seen.watched.store(told, Ordering::Release);
+            if let Some(entry) = entry {
+                seen.backwards.fetch_add(usize::from(last >= Some(entry.modified)), Ordering::AcqRel);
+                last = Some(entry.modified);
+                seen.watched.store(number(&entry.value), Ordering::Release);
             }
         }
     }
