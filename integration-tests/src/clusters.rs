@@ -11,7 +11,7 @@ use std::{sync::atomic::Ordering, time::Duration};
 use tokio::time::Instant;
 
 use ring::{AWAY, Ring};
-use work::App;
+use work::{App, INSTANCES};
 
 use crate::site::connect;
 
@@ -42,7 +42,12 @@ pub async fn under_all_blows(name: &'static str) {
         );
         assert!(writes <= AWAY + RECOVERY, "{blow:?}: no write for {writes:?}");
     }
-    assert_eq!(app.seen.fewest.load(Ordering::Acquire), 4, "a consumer's set shrank although nobody left");
+    let fewest = app.seen.fewest.load(Ordering::Acquire);
+    match profile.early_end {
+        // The catalog forgets a Consul server that dies, with what is registered there.
+        Some(why) if fewest < INSTANCES => println!("{name}: a consumer saw only {fewest} instances; declared: {why}"),
+        _ => assert_eq!(fewest, INSTANCES, "a consumer's set shrank although nobody left"),
+    }
     let wrong = app.audit().await;
     match profile.early_end {
         Some(why) if !wrong.is_empty() && !profile.consensus => println!("{name}: {wrong:?}; declared: {why}"),

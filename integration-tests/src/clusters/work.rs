@@ -23,7 +23,8 @@ use crate::site::connect;
 
 /// Longer than an election, so that leases outlast one.
 pub const TTL: Duration = Duration::from_secs(6);
-const INSTANCES: usize = 4;
+/// How many instances are registered.
+pub const INSTANCES: usize = 4;
 const CONTENDERS: usize = 3;
 /// After this long a contender stands in line anew.
 const PATIENCE: Duration = Duration::from_secs(5);
