@@ -68,9 +68,9 @@ impl Kind {
             Self::Etcd => image.with_cmd(etcd(published_port)),
             Self::Redis | Self::Valkey => image.with_cmd(redis(self)),
             Self::Consul => image.with_cmd(CONSUL),
-            Self::ZooKeeper => image
-                .with_copy_to("/conf/zoo.cfg", ZOO_CFG.as_bytes().to_vec())
-                .with_env_var("JVMFLAGS", "-Xmx128m -Dzookeeper.extendedTypesEnabled=true"),
+            Self::ZooKeeper => {
+                image.with_copy_to("/conf/zoo.cfg", ZOO_CFG.as_bytes().to_vec()).with_env_var("JVMFLAGS", JVM)
+            }
         }
     }
 }
@@ -135,6 +135,9 @@ const CONSUL: [&str; 10] = [
     "-log-level=warn",
     "-hcl=performance { raft_multiplier = 1 } limits { http_max_conns_per_client = 4000 } disable_update_check = true",
 ];
+
+/// Nothing waits for the disk: a kill loses nothing that was handed to the kernel, and tests share their disk with builds.
+const JVM: &str = "-Xmx128m -Dzookeeper.extendedTypesEnabled=true -Dzookeeper.forceSync=no";
 
 /// Sessions last 2 to 20 ticks: with this one, 1 s to 10 s.
 const ZOO_CFG: &str = "tickTime=500\ndataDir=/data\nclientPort=2181\nmaxClientCnxns=0\nadmin.enableServer=false\n";

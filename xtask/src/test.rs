@@ -53,6 +53,9 @@ fn in_containers(args: &TestArgs) -> Outcome {
     run::install_these(&install::of_build(), args.no_install)?;
     let mut backends = Backend::chosen(&args.backend);
     backends.retain(|backend| *backend != Backend::Memory);
+    if backends.is_empty() {
+        return Err("memory has no server that could be in a container".to_owned());
+    }
     let servers: Vec<_> = backends.iter().map(|b| b.name()).collect();
     let docker = Docker::start(&servers, args.no_install)?;
     let binaries = binaries::build()?;
