@@ -13,7 +13,7 @@ use rustls_pki_types::ServerName;
 use tokio::{
     io::AsyncReadExt as _,
     net::TcpStream,
-    time::{sleep, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_rustls::TlsConnector;
 
@@ -42,27 +42,37 @@ pub async fn connect<T>(
         let message = format!("{}: {}", config.endpoints.join(", "), why.what);
         Error::new(ErrorKind::Denied, "connect", message).on(backend).next(&*why.next)
     };
-    let sure = async {
+    let began = Instant::now();
+    let mut looking = std::pin::pin!(async {
         sleep(HEAD_START).await;
-        match look(config, port).await.filter(|why| why.sure) {
-            Some(why) => why,
-            None => std::future::pending().await,
+        look(config, port).await
+    });
+    let mut found = None;
+    let error = loop {
+        tokio::select! {
+            biased;
+            outcome = &mut connect => match outcome {
+                Ok(connected) => return Ok(connected),
+                Err(error) => break error,
+            },
+            why = &mut looking, if found.is_none() => match why {
+                Some(why) if why.sure => return Err(denied(&why)),
+                other => found = Some(other),
+            },
         }
-    };
-    let error = tokio::select! {
-        biased;
-        outcome = &mut connect => match outcome {
-            Ok(connected) => return Ok(connected),
-            Err(error) => error,
-        },
-        why = sure => return Err(denied(&why)),
     };
     let of_the_network = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Backend)
         || (error.kind() == ErrorKind::Denied && config.tls.is_some());
     if !of_the_network {
         return Err(error);
     }
-    Err(match look(config, port).await {
+    // The caller's limit is for all of it, and a moment more.
+    let left = config.connect_timeout.saturating_sub(began.elapsed()).max(AFTERTHOUGHT);
+    let why = match found {
+        Some(why) => why,
+        None => timeout(left, look(config, port)).await.unwrap_or_default(),
+    };
+    Err(match why {
         Some(why) if why.sure => denied(&why),
         Some(why) => error.next(why.next),
         None => error,
