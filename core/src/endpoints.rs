@@ -2,9 +2,11 @@
 //!
 //! Promise: calls go to one endpoint until it fails; a dead one is avoided for a growing time and then tried
 //! again, so that it neither costs every n-th call nor is forgotten. If all have failed, the one whose
-//! rest ends first is tried: a client never gives up by itself.
+//! rest ends first is tried: a client never gives up by itself. A server that is cut off from its clients or from the
+//! other servers closes no connection: [`forsaken`] finds out about it long before the limit of a request.
 
 use std::{
+    future::Future,
     sync::{
         Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -12,12 +14,100 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 /// The first rest of a failed endpoint; doubled with every failure in a row.
 const FIRST_REST: Duration = Duration::from_millis(250);
 /// The longest rest: a server that is back is used again within this time.
 const LONGEST_REST: Duration = Duration::from_secs(15);
+
+/// From here on a request takes long. Shorter than any election, so that the leader of before is still known.
+const LONG: Duration = Duration::from_millis(150);
+/// How often a server is asked while a request takes long.
+const ASK_EVERY: Duration = Duration::from_millis(250);
+/// Without any sign for this long a server is left. Longer than the pauses of a busy server, and than most elections.
+const GIVEN_UP: Duration = Duration::from_millis(1500);
+
+/// What a server says of itself while it owes an answer to something else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sign {
+    /// It serves: under the leader of this term, if it tells, which rises with every election.
+    Serves(Option<u64>),
+    /// It knows no leader.
+    Leaderless,
+    /// It answers nothing.
+    Silent,
+}
+
+/// Why an answer is not worth waiting for any longer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Forsaken {
+    /// What was on its way to the leader of before may be lost with it.
+    LeaderChanged,
+    /// The server has known no leader for long, while others may have one.
+    Leaderless,
+    /// The server has answered nothing for long.
+    Silent,
+}
+
+/// Waits beside a request that is not answered yet, and returns when its answer is not worth waiting for any longer. Asks
+/// nothing before the request takes long; then `ask` asks the server for a sign of life and returns within [`SIGN_LIMIT`].
+///
+/// Whoever has only one endpoint has nowhere else to go, and waits for it to its limit: `alone`. `before` is the term of the
+/// last answer before the request was sent, if servers tell terms.
+///
+/// # Cancel safety
+/// It holds nothing.
+pub async fn forsaken<F, Fut>(alone: bool, before: Option<u64>, ask: F) -> Forsaken
+where
+    F: Fn() -> Fut + Send,
+    Fut: Future<Output = Sign> + Send,
+{
+    sleep(LONG).await;
+    let mut first_term = None;
+    // Since when it has been like that.
+    let (mut leaderless, mut silent, mut late) = (None, None, None);
+    loop {
+        let asked = Instant::now();
+        match ask().await {
+            Sign::Serves(term) => {
+                (leaderless, silent) = (None, None);
+                if first_term.is_some() && term > first_term {
+                    // What the new leader has of it is answered now.
+                    sleep(ASK_EVERY).await;
+                    return Forsaken::LeaderChanged;
+                }
+                if before.is_some() && term > before {
+                    // Elected before we asked first: perhaps also before the request, which is then merely slow.
+                    late.get_or_insert(asked);
+                }
+                first_term = first_term.or(term);
+            }
+            Sign::Leaderless => {
+                silent = None;
+                leaderless.get_or_insert(asked);
+            }
+            Sign::Silent => {
+                leaderless = None;
+                silent.get_or_insert(asked);
+            }
+        }
+        let long = |since: Option<Instant>| !alone && since.is_some_and(|since| since.elapsed() >= GIVEN_UP);
+        if long(leaderless) {
+            return Forsaken::Leaderless;
+        }
+        if long(silent) {
+            return Forsaken::Silent;
+        }
+        if late.is_some_and(|since| since.elapsed() >= GIVEN_UP) {
+            return Forsaken::LeaderChanged;
+        }
+        sleep(ASK_EVERY).await;
+    }
+}
+
+/// A server that has not given a sign within this has given none.
+pub const SIGN_LIMIT: Duration = ASK_EVERY;
 
 /// A set of endpoints, by index, with the health that calls have seen.
 #[derive(Debug)]
@@ -112,6 +202,50 @@ mod tests {
         let next = endpoints.failed(dead);
         assert_eq!(endpoints.failed(dead), next);
         assert_eq!(endpoints.pick(), next);
+    }
+
+    /// Waits beside a request of which the server gives these signs, the last one for ever.
+    async fn told(alone: bool, before: Option<u64>, signs: &'static [Sign]) -> Option<(Forsaken, Duration)> {
+        let (began, asked) = (Instant::now(), AtomicUsize::new(0));
+        let ask = async || {
+            let asked = asked.fetch_add(1, Ordering::Relaxed);
+            let sign = signs[asked.min(signs.len() - 1)];
+            if sign == Sign::Silent {
+                sleep(SIGN_LIMIT).await;
+            }
+            sign
+        };
+        let told = tokio::time::timeout(Duration::from_secs(60), forsaken(alone, before, ask)).await.ok()?;
+        Some((told, began.elapsed()))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_server_that_gives_signs_is_waited_for() {
+        use Sign::{Leaderless, Serves, Silent};
+        assert_eq!(told(false, None, &[Serves(None)]).await, None);
+        assert_eq!(told(false, None, &[Serves(Some(7))]).await, None);
+        assert_eq!(told(false, Some(7), &[Serves(Some(7))]).await, None);
+        // An election, and a pause of the server.
+        assert_eq!(
+            told(false, None, &[Leaderless, Leaderless, Silent, Silent, Leaderless, Serves(Some(7))]).await,
+            None
+        );
+        assert_eq!(told(true, Some(6), &[Silent]).await, None, "there is nobody else to ask");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_a_leaderless_and_a_changed_server_are_left_within_two_seconds() {
+        use Sign::{Leaderless, Serves, Silent};
+        for (before, signs, expected) in [
+            (None, &[Silent][..], Forsaken::Silent),
+            (None, &[Leaderless], Forsaken::Leaderless),
+            (Some(7), &[Serves(Some(7)), Leaderless, Serves(Some(8))], Forsaken::LeaderChanged),
+            (Some(7), &[Serves(Some(8))], Forsaken::LeaderChanged),
+        ] {
+            let (told, after) = told(false, before, signs).await.expect("it is told");
+            assert_eq!(told, expected);
+            assert!(after <= Duration::from_millis(2150), "{told:?} after {after:?}");
+        }
     }
 
     #[tokio::test(start_paused = true)]

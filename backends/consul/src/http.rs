@@ -21,11 +21,14 @@ use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::{TokioExecutor, TokioTimer},
 };
-use quorate_core::{Config, Result, endpoints::Endpoints};
+use quorate_core::{
+    Config, Result,
+    endpoints::{Endpoints, Forsaken, SIGN_LIMIT, Sign, forsaken},
+};
 use rustls_pki_types::ServerName;
 use tokio::{
-    sync::{Semaphore, watch},
-    time::{Instant, sleep, sleep_until},
+    sync::{Mutex, Semaphore, watch},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 
 use crate::{
@@ -40,6 +43,8 @@ const ANSWER_LIMIT: usize = 64 << 20;
 const IDLE: Duration = Duration::from_secs(90);
 /// How long a blocked query stays at an agent that all other calls have left.
 const ABANDONED_AFTER: Duration = Duration::from_secs(1);
+/// How often an agent at which queries are blocked is asked whether it is alive, if there are others to go to.
+const QUIET: Duration = Duration::from_secs(3);
 const TOKEN: HeaderName = HeaderName::from_static("x-consul-token");
 const INDEX: HeaderName = HeaderName::from_static("x-consul-index");
 const FILTERED: HeaderName = HeaderName::from_static("x-consul-results-filtered-by-acls");
@@ -75,6 +80,8 @@ pub(crate) struct Http {
     health: Endpoints,
     /// Calls may have moved to another agent: those that are blocked look where.
     moved: watch::Sender<()>,
+    /// Held by the blocked query that asks whether the agent is alive.
+    asks: Mutex<()>,
     // Blocked queries are counted elsewhere: they would starve everything else.
     slots: Semaphore,
 }
@@ -123,7 +130,7 @@ impl Http {
             .build(connector);
         let health = Endpoints::new(settings.agents.len());
         let slots = Semaphore::new(settings.connections);
-        Ok(Self { client, settings, health, moved: watch::Sender::new(()), slots })
+        Ok(Self { client, settings, health, moved: watch::Sender::new(()), asks: Mutex::new(()), slots })
     }
 
     pub(crate) fn settings(&self) -> &Settings {
@@ -152,9 +159,36 @@ impl Http {
         let _slot = self.slots.acquire().await.expect("the semaphore is never closed");
         let agent = call.agent.unwrap_or_else(|| self.health.pick());
         let mut flight = Flight { http: self, agent, since: Instant::now(), settled: false };
-        let answer = self.exchange(call, agent).await;
+        let alone = self.health.count() == 1;
+        let answer = tokio::select! {
+            biased;
+            answer = self.exchange(call, agent) => answer,
+            why = forsaken(alone, None, || self.sign(agent)), if !alone => Err(self.forsake(agent, why)),
+        };
         flight.settled = true;
         answer
+    }
+
+    /// Asks an agent for a leader. A server answers from memory, and anybody.
+    async fn sign(&self, agent: usize) -> Sign {
+        let call = Call { method: Method::GET, path: "/v1/status/leader".to_owned(), body: Bytes::new(), agent: None };
+        let asked = async {
+            let request = self.request(call, agent).ok()?;
+            let answer = read(self.client.request(request).await.ok()?).await.ok()?;
+            let knows_none = answer.body.iter().all(|b| matches!(b, b'"' | b'\n'));
+            Some(if answer.status == StatusCode::OK && knows_none { Sign::Leaderless } else { Sign::Serves(None) })
+        };
+        // What is wrong with it, the request is told by itself.
+        timeout(SIGN_LIMIT, asked).await.map_or(Sign::Silent, |sign| sign.unwrap_or(Sign::Serves(None)))
+    }
+
+    fn forsake(&self, agent: usize, why: Forsaken) -> Failure {
+        self.leave(agent);
+        let why = match why {
+            Forsaken::Silent => "it has answered nothing since the request was sent",
+            Forsaken::Leaderless | Forsaken::LeaderChanged => "it knows no leader",
+        };
+        Failure { sent: true, message: format!("no answer from {}: {why}", self.label(agent)) }
     }
 
     /// Sends a query that the server may hold for up to `patience`, and no longer than a request may take after that.
@@ -174,6 +208,21 @@ impl Http {
                     return Err(Failure { sent: true, message });
                 }
                 () = self.abandoned(agent) => {}
+                () = self.deserted(agent), if self.health.count() > 1 => self.leave(agent),
+            }
+        }
+    }
+
+    /// Returns when the agent is silent, or has known no leader for long: a blocked query alone would not find out before its end.
+    async fn deserted(&self, agent: usize) {
+        // One query asks for all of them.
+        let _asks = self.asks.lock().await;
+        loop {
+            sleep(QUIET).await;
+            if !matches!(self.sign(agent).await, Sign::Serves(_))
+                && timeout(QUIET, forsaken(false, None, || self.sign(agent))).await.is_ok()
+            {
+                return;
             }
         }
     }

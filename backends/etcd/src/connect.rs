@@ -13,10 +13,16 @@ use std::{
     time::Duration,
 };
 
-use etcd_client::{Client, GetOptions, KvClient, LeaseClient, WatchClient};
-use quorate_core::{Error, ErrorKind, Result, endpoints::Endpoints};
+use etcd_client::{
+    Client, DeleteResponse, GetOptions, GetResponse, KvClient, LeaseClient, LeaseGrantResponse, LeaseRevokeResponse,
+    PutResponse, ResponseHeader, TxnResponse, WatchClient,
+};
+use quorate_core::{
+    Error, ErrorKind, Result,
+    endpoints::{Endpoints, Forsaken, SIGN_LIMIT, Sign, forsaken},
+};
 use tokio::{
-    sync::OnceCell,
+    sync::{OnceCell, watch},
     time::{Instant, sleep, timeout},
 };
 use tonic::Code;
@@ -32,10 +38,10 @@ use crate::{
 /// wait on the same dead connection.
 const SUSPICIOUS: Duration = Duration::from_millis(250);
 
-/// Shorter than any election, so that the leader of before is still known.
-const SLOW: Duration = Duration::from_millis(150);
-/// How often a server is asked who leads while a request is slow.
-const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// A connection with a stream over which nothing was heard for this long is asked whether it is alive.
+const QUIET: Duration = Duration::from_secs(3);
+/// It must show that within this.
+const PROOF_LIMIT: Duration = Duration::from_millis(1500);
 
 /// The endpoints of one backend, each with its connection.
 #[derive(Debug)]
@@ -43,6 +49,8 @@ pub(crate) struct Pool {
     pub(crate) options: Options,
     endpoints: Endpoints,
     links: Mutex<Vec<Arc<Link>>>,
+    /// The term of the last answer: by a later one it is known that another server leads. 0 before the first.
+    term: AtomicU64,
     /// The beginning of [`Link::heard`]'s time.
     started: Instant,
 }
@@ -54,6 +62,8 @@ pub(crate) struct Link {
     clients: OnceCell<Clients>,
     /// When the last answer came, in milliseconds from 1; 0 for never.
     heard: AtomicU64,
+    /// Calls have left this connection: it may be dead.
+    left: watch::Sender<bool>,
 }
 
 impl std::fmt::Debug for Link {
@@ -72,9 +82,63 @@ pub(crate) struct Clients {
     session: Client,
 }
 
+/// What etcd says at the head of every answer.
+pub(crate) trait Answer {
+    fn head(&self) -> Option<&ResponseHeader>;
+
+    /// Counts the elections.
+    fn term(&self) -> Option<u64> {
+        self.head().map(ResponseHeader::raft_term).filter(|term| *term > 0)
+    }
+}
+
+impl Answer for TxnResponse {
+    fn head(&self) -> Option<&ResponseHeader> {
+        self.header()
+    }
+}
+
+impl Answer for GetResponse {
+    fn head(&self) -> Option<&ResponseHeader> {
+        self.header()
+    }
+}
+
+impl Answer for PutResponse {
+    fn head(&self) -> Option<&ResponseHeader> {
+        self.header()
+    }
+}
+
+impl Answer for DeleteResponse {
+    fn head(&self) -> Option<&ResponseHeader> {
+        self.header()
+    }
+}
+
+impl Answer for LeaseGrantResponse {
+    fn head(&self) -> Option<&ResponseHeader> {
+        self.header()
+    }
+}
+
+impl Answer for LeaseRevokeResponse {
+    fn head(&self) -> Option<&ResponseHeader> {
+        self.header()
+    }
+}
+
+/// The answer to a user who may not see it.
+impl Answer for Option<GetResponse> {
+    fn head(&self) -> Option<&ResponseHeader> {
+        self.as_ref().and_then(GetResponse::header)
+    }
+}
+
 impl Link {
     fn new(index: usize, clients: Option<Clients>) -> Arc<Self> {
-        Arc::new(Self { index, clients: OnceCell::new_with(clients), heard: AtomicU64::new(0) })
+        let (heard, left) = (AtomicU64::new(0), watch::Sender::new(false));
+        Arc::new(Self { index, clients: OnceCell::new_with(clients), heard, left })
     }
 
     pub(crate) fn clients(&self) -> &Clients {
@@ -83,28 +147,20 @@ impl Link {
 }
 
 impl Clients {
-    /// Returns when the cluster has another leader than it had shortly after this call began, and some more time has passed.
-    ///
-    /// A follower passes requests on to the leader, and what was on its way to one that dies is lost: etcd says so after 5 s and
-    /// two election timeouts. Whoever still waits for an answer by then can be told. Asks nothing of the server but for
-    /// requests that take long.
-    async fn leader_change(&self) {
-        sleep(SLOW).await;
-        let mut before = None;
-        loop {
-            let asked = timeout(LOOK_EVERY, async { self.session.maintenance_client().status().await }).await;
-            let term =
-                asked.ok().and_then(Result::ok).filter(|status| status.leader() != 0).map(|status| status.raft_term());
-            match (before, term) {
-                (Some(before), Some(now)) if now > before => {
-                    // What the new leader has of it is answered now.
-                    sleep(LOOK_EVERY).await;
-                    return;
-                }
-                (None, Some(now)) => before = Some(now),
-                _ => {}
+    /// Asks the server whom it follows. It answers from memory, and under any user.
+    async fn sign(&self, link: &Link, pool: &Pool) -> Sign {
+        let since = Instant::now();
+        match timeout(SIGN_LIMIT, async { self.session.maintenance_client().status().await }).await {
+            Ok(Ok(status)) if status.leader() == 0 => Sign::Leaderless,
+            Ok(Ok(status)) => Sign::Serves(Some(status.raft_term())),
+            // Also said by the interceptor of every request that requires a leader, as ours do.
+            Ok(Err(etcd_client::Error::GRpcStatus(status))) if status.message().contains("no leader") => {
+                Sign::Leaderless
             }
-            sleep(LOOK_EVERY).await;
+            // What else is wrong with it, the request is told by itself.
+            Ok(Err(_)) => Sign::Serves(None),
+            Err(_) if pool.has_heard(link, since) => Sign::Serves(None),
+            Err(_) => Sign::Silent,
         }
     }
 
@@ -117,7 +173,13 @@ impl Pool {
     pub(crate) fn new(options: Options) -> Self {
         let count = options.uris.len();
         let links = (0..count).map(|index| Link::new(index, None)).collect();
-        Self { options, endpoints: Endpoints::new(count), links: Mutex::new(links), started: Instant::now() }
+        Self {
+            options,
+            endpoints: Endpoints::new(count),
+            links: Mutex::new(links),
+            term: AtomicU64::new(0),
+            started: Instant::now(),
+        }
     }
 
     fn links(&self) -> MutexGuard<'_, Vec<Arc<Link>>> {
@@ -187,6 +249,7 @@ impl Pool {
             let keep =
                 (blame == Blame::Endpoint && !self.options.uses_tls()).then(|| link.clients.get().cloned()).flatten();
             *place = Link::new(link.index, keep);
+            link.left.send_replace(true);
         }
         let next = self.endpoints.failed(link.index);
         let uris = &self.options.uris;
@@ -200,7 +263,41 @@ impl Pool {
     /// Whether a call that has waited since then has reason to doubt the connection. A server that answers others over
     /// the same connection is slow, not silent.
     pub(crate) fn is_silent(&self, link: &Link, since: Instant) -> bool {
-        since.elapsed() >= SUSPICIOUS && link.heard.load(Ordering::Relaxed) <= self.millis(since)
+        since.elapsed() >= SUSPICIOUS && !self.has_heard(link, since)
+    }
+
+    fn has_heard(&self, link: &Link, since: Instant) -> bool {
+        link.heard.load(Ordering::Relaxed) > self.millis(since)
+    }
+
+    fn quiet_for(&self, link: &Link) -> Duration {
+        let now = self.millis(Instant::now());
+        Duration::from_millis(now.saturating_sub(link.heard.load(Ordering::Relaxed)))
+    }
+
+    /// Returns when the connection is dead. It is asked when calls leave it, and when nothing was heard for long: a stream over
+    /// which nothing comes would find out by a ping only, and etcd allows one in five seconds.
+    pub(crate) async fn deserted(&self, link: &Arc<Link>) -> Fault {
+        let mut left = link.left.subscribe();
+        let mut was_left = false;
+        loop {
+            tokio::select! {
+                // The link is borrowed, so that its sender is there.
+                _ = left.wait_for(|left| *left), if !was_left => was_left = true,
+                () = sleep(QUIET.saturating_sub(self.quiet_for(link))) => if self.quiet_for(link) < QUIET {
+                    continue;
+                }
+            }
+            let proof = async { link.clients().session.maintenance_client().status().await };
+            match timeout(PROOF_LIMIT, proof).await {
+                // An error ends the stream too, if it is one.
+                Ok(_) => self.praise(link),
+                Err(_) => {
+                    self.blame(link, Blame::Connection);
+                    return Fault::new(ErrorKind::Unavailable, format!("no sign of life within {PROOF_LIMIT:?}"));
+                }
+            }
+        }
     }
 
     /// Notes that the link has given an answer.
@@ -229,6 +326,7 @@ impl Pool {
     /// Sends one request.
     pub(crate) async fn call<T, F, Fut>(&self, call: Call, request: F) -> Result<T>
     where
+        T: Answer,
         F: FnOnce(&Clients) -> Fut,
         Fut: Future<Output = Result<T, etcd_client::Error>>,
     {
@@ -237,17 +335,21 @@ impl Pool {
 
     async fn request<T, F, Fut>(&self, call: Call, request: F) -> Result<T, Fault>
     where
+        T: Answer,
         F: FnOnce(&Clients) -> Fut,
         Fut: Future<Output = Result<T, etcd_client::Error>>,
     {
         let link = self.link().await?;
         let asked = self.asked(&link);
+        let alone = self.endpoints.count() == 1;
+        let before = Some(self.term.load(Ordering::Relaxed)).filter(|term| *term > 0);
         let answer = tokio::select! {
             biased;
             answer = request(link.clients()) => answer,
-            () = link.clients().leader_change() => {
+            why = forsaken(alone, before, || link.clients().sign(&link, self)) => {
                 asked.answered();
-                let message = "the leader changed while the request was on its way, and it was not answered";
+                let (blame, message) = forsaken_because(why);
+                self.blame(&link, blame);
                 return Err(Fault::new(call.doubt(), message));
             }
         };
@@ -255,6 +357,9 @@ impl Pool {
         match answer {
             Ok(answer) => {
                 self.praise(&link);
+                if let Some(term) = answer.term() {
+                    self.term.store(term, Ordering::Relaxed);
+                }
                 Ok(answer)
             }
             Err(error) => Err(self.fault(&link, call, &error)),
@@ -299,7 +404,7 @@ impl Pool {
             let share = end.saturating_duration_since(Instant::now()) / u32::try_from(count - tried).unwrap_or(1);
             let asked = self.request(Call::read("connect"), |c| ask(c.kv.clone(), probe.to_vec()));
             let (fault, blame) = match timeout(share, asked).await {
-                Ok(Ok(())) => return Ok(()),
+                Ok(Ok(_)) => return Ok(()),
                 Ok(Err(fault)) if fault.kind != ErrorKind::Unavailable => return Err(fault),
                 // Whatever it said, there are others to ask.
                 Ok(Err(fault)) => (fault, Blame::Endpoint),
@@ -317,11 +422,21 @@ impl Pool {
     }
 }
 
-async fn ask(mut kv: KvClient, probe: Vec<u8>) -> Result<(), etcd_client::Error> {
+fn forsaken_because(why: Forsaken) -> (Blame, &'static str) {
+    match why {
+        Forsaken::LeaderChanged => {
+            (Blame::Nobody, "the leader changed while the request was on its way, and it was not answered")
+        }
+        Forsaken::Leaderless => (Blame::Endpoint, "the server knows no leader, and the request was not answered"),
+        Forsaken::Silent => (Blame::Connection, "the server has answered nothing since the request was sent"),
+    }
+}
+
+async fn ask(mut kv: KvClient, probe: Vec<u8>) -> Result<Option<GetResponse>, etcd_client::Error> {
     match kv.get(probe, Some(GetOptions::new().with_count_only())).await {
         // The server knows the user; what the user may touch shows when it is touched.
-        Err(etcd_client::Error::GRpcStatus(status)) if status.code() == Code::PermissionDenied => Ok(()),
-        other => other.map(|_| ()),
+        Err(etcd_client::Error::GRpcStatus(status)) if status.code() == Code::PermissionDenied => Ok(None),
+        other => other.map(Some),
     }
 }
 

@@ -410,6 +410,7 @@ async fn run(stream: Arc<Shared>, pool: Arc<Pool>, renew_token: bool) {
             tokio::select! {
                 fault = write(&stream, requests) => fault,
                 fault = read(&stream, &pool, &link, responses) => fault,
+                fault = pool.deserted(&link) => fault,
             }
         }
     };

@@ -185,7 +185,7 @@ async fn an_agent_that_falls_silent_is_left_by_calls_watch_and_wait() {
     silent.hold(Direction::ToClient);
     // What the timeout layer does: it drops the call.
     let txn = Txn { checks: Vec::new(), writes: vec![put("a", "1", None)] };
-    timeout(Duration::from_secs(2), far.commit(&txn)).await.expect_err("the agent is silent");
+    timeout(Duration::from_millis(1200), far.commit(&txn)).await.expect_err("the agent is silent");
     let began = Instant::now();
     put_until(&far, "b").await;
     assert!(began.elapsed() < Duration::from_secs(1), "the next call goes to the other agent");
@@ -203,4 +203,68 @@ async fn an_agent_that_falls_silent_is_left_by_calls_watch_and_wait() {
     };
     timeout(Duration::from_secs(8), seen).await.expect("the watch follows");
     near.revoke(&lease).await.unwrap();
+}
+
+/// As in a partition: nothing arrives any more, and no connection is closed. A long limit, so that it is not what ends the call.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_that_falls_silent_is_left_by_a_call_under_way_long_before_its_limit() {
+    let server = server().await;
+    let proxies = [FaultProxy::start(server.addr()).await.unwrap(), FaultProxy::start(server.addr()).await.unwrap()];
+    let limit = Duration::from_secs(20);
+    let mut config = config(proxies[0].addr()).with_timeouts(limit, limit);
+    config.endpoints.push(proxies[1].addr().to_string());
+    let consul = quorate_consul::Consul::connect(&config).await.unwrap();
+    let mut watch = consul.watch(&all()).await.unwrap();
+    next_reset(&mut watch).await;
+    let silent = proxies.iter().find(|p| p.counters().open > 0).expect("one of them is in use");
+    let began = Instant::now();
+    silent.hold(Direction::ToServer);
+    silent.hold(Direction::ToClient);
+    let txn = Txn { checks: Vec::new(), writes: vec![put("a", "1", None)] };
+    let error = timeout(limit / 2, consul.commit(&txn)).await.expect("told in time").expect_err("it is silent");
+    assert_eq!(error.kind(), ErrorKind::Ambiguous, "{error}");
+    assert!(error.to_string().contains("answered nothing"), "{error}");
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    put_until(&consul, "b").await;
+    let seen = async {
+        loop {
+            match next(&mut watch).await {
+                WatchEvent::Put(entry) if entry.key == key("b") => return,
+                WatchEvent::Reset(now) if now.entries.iter().any(|e| e.key == key("b")) => return,
+                _ => {}
+            }
+        }
+    };
+    timeout(limit / 2, seen).await.expect("the watch follows");
+    println!("the watch was back {:?} after the silence began", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(6), "{:?}", began.elapsed());
+}
+
+/// A watch alone, beside which nothing is asked.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_that_falls_silent_is_left_by_a_watch_alone() {
+    let server = server().await;
+    let proxies = [FaultProxy::start(server.addr()).await.unwrap(), FaultProxy::start(server.addr()).await.unwrap()];
+    let mut config = config(proxies[0].addr());
+    config.endpoints.push(proxies[1].addr().to_string());
+    let consul = quorate_consul::Consul::connect(&config).await.unwrap();
+    let mut watch = consul.watch(&all()).await.unwrap();
+    next_reset(&mut watch).await;
+    let silent = proxies.iter().find(|p| p.counters().open > 0).expect("one of them is in use");
+    let began = Instant::now();
+    silent.hold(Direction::ToServer);
+    silent.hold(Direction::ToClient);
+    commit(&*client(server.addr()).await, vec![put("a", "1", None)]).await;
+    let seen = async {
+        loop {
+            match next(&mut watch).await {
+                WatchEvent::Put(entry) if entry.key == key("a") => return,
+                WatchEvent::Reset(now) if now.entries.iter().any(|e| e.key == key("a")) => return,
+                _ => {}
+            }
+        }
+    };
+    timeout(LONG, seen).await.expect("the watch follows");
+    println!("the watch was back {:?} after the silence began", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
 }
