@@ -2,13 +2,13 @@
 
 use std::{process::Stdio, sync::Arc, time::Duration};
 
-use quorate_core::{Backend as _, Config, ErrorKind, Tls};
+use quorate_core::{Backend as _, Config, ErrorKind, Secret, Tls};
 use quorate_etcd::Etcd;
 use quorate_testkit::{
     servers::{self, Credentials, EtcdOptions, Server},
     tls::TlsFiles,
 };
-use tokio::{process::Command, time::sleep};
+use tokio::{io::AsyncWriteExt as _, process::Command, time::sleep};
 
 use super::support::{all, config, follow, join, lease, leave, put, reset, spawn_gone, value, within};
 
@@ -141,6 +141,58 @@ async fn a_role_for_the_namespace_is_enough_and_reaches_no_further() {
     // A refused watch does not take the others along.
     etcd.commit(&put("a", "2")).await.unwrap();
     assert!(!follow(&mut watch, &[("a", "2")]).await);
+}
+
+#[tokio::test]
+async fn a_password_is_replaced_while_it_is_in_use() {
+    let server = guarded(&[]).await;
+    etcdctl(&server, &["role", "add", "app"]).await;
+    etcdctl(&server, &["role", "grant-permission", "app", "--prefix=true", "readwrite", "app/"]).await;
+    etcdctl(&server, &["user", "add", "app:old"]).await;
+    etcdctl(&server, &["user", "grant-role", "app", "app"]).await;
+    let secret = Secret::new("old");
+    let etcd = Arc::new(Etcd::connect(&config([server.addr()]).with_login("app", secret.clone())).await.unwrap());
+    let lease = lease(&etcd).await;
+    let mut watch = etcd.watch(&all()).await.unwrap();
+    assert_eq!(reset(&mut watch).await, 0);
+    let (first, second) = (join(&etcd, "job", &lease).await, join(&etcd, "job", &lease).await);
+    let gone = spawn_gone(&etcd, &first.ticket);
+
+    // The new one is made known late: the old token is refused by then, and so is a login with the old password.
+    etcd_passwd(&server, "app", "new").await;
+    let mut refused = 0;
+    while let Err(error) = etcd.commit(&put("a", "1")).await {
+        refused += 1;
+        assert!([ErrorKind::Denied, ErrorKind::Unavailable].contains(&error.kind()), "{error}");
+        assert!(refused < 100, "never accepted again: {error}");
+        if refused == 5 {
+            secret.replace("new");
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+    assert!((5..10).contains(&refused), "refused {refused} times: accepted as soon as the new one is known");
+    etcd.renew(&lease).await.unwrap();
+    assert!(!follow(&mut watch, &[("a", "1")]).await, "a running watch goes on");
+    leave(&etcd, &first.ticket).await;
+    within("a wait that began before ends", gone).await.unwrap().unwrap();
+    leave(&etcd, &second.ticket).await;
+}
+
+/// Over standard input: other users of the machine can read command lines.
+async fn etcd_passwd(server: &Server, user: &str, password: &str) {
+    let mut command = Command::new("etcdctl");
+    command
+        .env("ETCDCTL_API", "3")
+        .env("ETCDCTL_USER", format!("root:{PASSWORD}"))
+        .arg(format!("--endpoints=http://{}", server.addr()))
+        .args(["user", "passwd", user, "--interactive=false"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null());
+    let mut child = command.spawn().expect("etcdctl is installed with the package etcd-client");
+    let mut input = child.stdin.take().expect("piped");
+    input.write_all(format!("{password}\n").as_bytes()).await.unwrap();
+    drop(input);
+    assert!(child.wait().await.unwrap().success());
 }
 
 async fn with_tls() -> (TlsFiles, Server) {
