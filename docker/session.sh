@@ -1,6 +1,6 @@
 #!/bin/sh
 # A Docker daemon for as long as standard input stays open: the one that answers already, or one that is started here. At
-# the end all containers of the run are removed, and a daemon that was started is stopped; its images stay in FOLDER.
+# the end all containers and networks of the run are removed, and a daemon that was started is stopped; its images stay in FOLDER.
 #   session.sh RUN FOLDER      prints DOCKER_HOST when the daemon answers
 set -eu
 
@@ -8,6 +8,7 @@ end() {
   trap '' EXIT HUP INT TERM
   if [ -n "$daemon" ] && kill -0 "$daemon" 2>/dev/null; then
     docker ps --all --quiet 2>/dev/null | xargs --no-run-if-empty docker rm --force --volumes >/dev/null 2>&1 || true
+    docker network prune --force >/dev/null 2>&1 || true
     kill "$daemon" 2>/dev/null || true
     wait "$daemon" 2>/dev/null || true
   fi
@@ -43,7 +44,9 @@ main() {
     # Whoever started us ends us by ending: Ctrl-C is for them.
     trap '' INT
     read -r _ || true
-    docker ps --all --quiet --filter "label=org.quorate.testcontainers=$run" | xargs --no-run-if-empty docker rm --force --volumes >/dev/null
+    label=label=org.quorate.testcontainers=$run
+    docker ps --all --quiet --filter "$label" | xargs --no-run-if-empty docker rm --force --volumes >/dev/null
+    docker network prune --force --filter "$label" >/dev/null
     exit 0
   fi
 

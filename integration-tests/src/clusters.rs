@@ -1,8 +1,12 @@
-//! Clusters whose servers are killed, stopped and restarted under work.
+//! Clusters whose servers are killed, stopped, cut off and restarted under work.
 //!
 //! Promise: after each blow everything works again; no answer is wrong, but for what the profile of the backend declares; and what a
 //! client sees of it, in time, is printed.
 
+mod contained;
+mod containers;
+pub mod node;
+mod processes;
 pub mod ring;
 pub mod work;
 
@@ -10,7 +14,7 @@ use std::{sync::atomic::Ordering, time::Duration};
 
 use tokio::time::Instant;
 
-use ring::{AWAY, Ring};
+use ring::Ring;
 use work::{App, INSTANCES};
 
 use crate::site::connect;
@@ -27,20 +31,22 @@ pub async fn under_all_blows(name: &'static str) {
     let config = ring.config();
     let profile = connect(&config).await.profile().clone();
     let app = App::start(&config).await;
-    println!("\n{name:<15} {:<16} {:>12} {:>12} {:>10}  long hold", "blow", "no turn for", "no write for", "whole in");
+    let (turn, write, word) = ("no turn for", "no write for", "no news for");
+    println!("\n{name:<15} {:<16} {turn:>12} {write:>12} {word:>12} {:>10}  long hold", "blow", "whole in");
     for blow in ring.blows() {
         let held = app.seen.held_lost.load(Ordering::Acquire);
         let began = Instant::now();
         ring.strike(blow).await;
         let whole = app.whole_again(RECOVERY).await;
         let lost = app.seen.held_lost.load(Ordering::Acquire) - held;
-        let (turns, writes) = (app.seen.turns.longest_gap(began), app.seen.writes.longest_gap(began));
+        let [turns, writes, news] =
+            [&app.seen.turns, &app.seen.writes, &app.seen.news].map(|pulse| pulse.longest_gap(began));
         println!(
-            "{name:<15} {:<16} {turns:>12.1?} {writes:>12.1?} {whole:>10.1?}  {}",
+            "{name:<15} {:<16} {turns:>12.1?} {writes:>12.1?} {news:>12.1?} {whole:>10.1?}  {}",
             format!("{blow:?}"),
             if lost == 0 { "kept" } else { "lost, and told" }
         );
-        assert!(writes <= AWAY + RECOVERY, "{blow:?}: no write for {writes:?}");
+        assert!(writes <= blow.away() + RECOVERY, "{blow:?}: no write for {writes:?}");
     }
     let fewest = app.seen.fewest.load(Ordering::Acquire);
     match profile.early_end {

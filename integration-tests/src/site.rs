@@ -9,7 +9,10 @@ use quorate::{Backend, Config, Coordinator, Nonce, Result};
 use quorate_conformance::Clients;
 use tokio::sync::OnceCell;
 
-use crate::server::{Launcher, Server};
+use crate::{
+    clusters::ring::Ring,
+    server::{Launcher, Server},
+};
 
 /// The backends, by the names of their schemes.
 pub const BACKENDS: [&str; 5] = ["memory", "etcd", "redis", "consul", "zookeeper"];
@@ -18,15 +21,49 @@ pub const BACKENDS: [&str; 5] = ["memory", "etcd", "redis", "consul", "zookeeper
 pub struct Site {
     /// The backend's name.
     pub backend: &'static str,
-    url: String,
+    /// What is below its namespace is ours.
+    base: Config,
     /// The server, if this run started it and so may break it.
     server: Option<Server>,
+    /// The cluster, if it is one that this run started. What breaks clusters is in [`clusters`](crate::clusters).
+    ring: Option<Ring>,
+}
+
+/// Of what kind the servers are that are started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Topology {
+    /// One of each.
+    Single,
+    /// Three of each, and a Redis Cluster of six.
+    Cluster,
+    /// Redis with Sentinels; nothing else has them.
+    Sentinel,
+}
+
+impl Topology {
+    /// By the environment: `QUORATE_TOPOLOGY` is `single`, as by default, `cluster` or `sentinel`.
+    ///
+    /// # Panics
+    /// If it is none of them.
+    pub fn chosen() -> Self {
+        match std::env::var("QUORATE_TOPOLOGY").as_deref() {
+            Err(_) | Ok("single") => Self::Single,
+            Ok("cluster") => Self::Cluster,
+            Ok("sentinel") => Self::Sentinel,
+            Ok(other) => panic!("QUORATE_TOPOLOGY is {other}; single, cluster and sentinel are known"),
+        }
+    }
 }
 
 // The URL may hold a password.
 impl fmt::Debug for Site {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Site").field("backend", &self.backend).field("server", &self.server).finish_non_exhaustive()
+        let Self { backend, server, ring, .. } = self;
+        f.debug_struct("Site")
+            .field("backend", backend)
+            .field("server", server)
+            .field("ring", ring)
+            .finish_non_exhaustive()
     }
 }
 
@@ -37,10 +74,10 @@ impl Site {
     /// How to get the server, if it is missing, or the end of its log.
     pub async fn start(backend: &'static str) -> Result<Self, String> {
         if backend == "memory" {
-            return Ok(Self { backend, url: format!("memory://{}", unique()), server: None });
+            return Self::at(backend, &format!("memory://{}", unique()), None);
         }
         let server = Launcher::chosen().start(backend).await?;
-        Ok(Self { backend, url: server.url(), server: Some(server) })
+        Self::at(backend, &server.url(), Some(server))
     }
 
     /// Starts a server of its own with TLS on both sides, for a user with the least rights; see [`secured`](crate::secured).
@@ -49,7 +86,21 @@ impl Site {
     /// As for [`start`](Self::start).
     pub async fn start_secured(backend: &'static str) -> Result<Self, String> {
         let (server, url) = crate::secured::start(backend).await?;
-        Ok(Self { backend, url, server: Some(Server::Process(Box::new(server))) })
+        Self::at(backend, &url, Some(Server::Process(Box::new(server))))
+    }
+
+    /// Starts a cluster of the backend; memory has none.
+    ///
+    /// # Errors
+    /// As for [`start`](Self::start).
+    pub async fn start_cluster(backend: &'static str, topology: Topology) -> Result<Self, String> {
+        let name = match (backend, topology) {
+            ("redis", Topology::Sentinel) => "redis+sentinel",
+            ("redis", _) => "redis+cluster",
+            _ => backend,
+        };
+        let ring = Ring::start(name).await?;
+        Ok(Self { backend, base: ring.config(), server: None, ring: Some(ring) })
     }
 
     /// A server that somebody else runs.
@@ -61,7 +112,12 @@ impl Site {
         let family = config.scheme.split('+').next().unwrap_or_default();
         let family = family.strip_suffix('s').filter(|f| BACKENDS.contains(f)).unwrap_or(family);
         let backend = BACKENDS.into_iter().find(|b| *b == family).ok_or("the URL names no backend")?;
-        Ok(Self { backend, url: url.to_owned(), server: None })
+        Self::at(backend, url, None)
+    }
+
+    fn at(backend: &'static str, url: &str, server: Option<Server>) -> Result<Self, String> {
+        let base = Config::parse(url).map_err(|e| e.to_string())?;
+        Ok(Self { backend, base, server, ring: None })
     }
 
     /// The server, to be broken.
@@ -79,15 +135,28 @@ impl Site {
 
     /// Options with a fresh namespace and the short TTL.
     pub fn config(&self) -> Config {
-        let config = Config::parse(&self.url).expect("made by the launcher, or checked by external()");
-        let below = format!("{}/q{}", config.namespace, unique());
-        config.with_namespace(&below).expect("a valid namespace").with_session_ttl(self.ttl())
+        let below = format!("{}/q{}", self.base.namespace, unique());
+        self.base.clone().with_namespace(&below).expect("a valid namespace").with_session_ttl(self.ttl())
     }
 
-    /// The same place as a URL, for another process.
+    /// The same place as a URL, for another process: with its passwords, which are of tests only.
     pub fn url_of(config: &Config) -> String {
+        let login = match (&config.user, &config.password) {
+            (Some(user), Some(password)) => format!("{user}:{}@", password.expose()),
+            _ => String::new(),
+        };
+        let mut options = vec![("ttl", format!("{}ms", config.session_ttl.as_millis()))];
+        options.extend(config.token.iter().map(|token| ("token", token.expose().to_string())));
+        if let Some(tls) = &config.tls {
+            let files = [("ca", &tls.ca), ("cert", &tls.cert), ("key", &tls.key)];
+            options.extend(
+                files.into_iter().filter_map(|(name, file)| Some((name, file.as_ref()?.display().to_string()))),
+            );
+        }
+        options.extend(config.extra.iter().map(|(name, value)| (name.as_str(), value.clone())));
+        let options: Vec<_> = options.into_iter().map(|(name, value)| format!("{name}={value}")).collect();
         let hosts = config.endpoints.join(",");
-        format!("{}://{hosts}/{}?ttl={}ms", config.scheme, config.namespace, config.session_ttl.as_millis())
+        format!("{}://{login}{hosts}/{}?{}", config.scheme, config.namespace, options.join("&"))
     }
 
     /// A short TTL that the server grants as asked.

@@ -1,9 +1,9 @@
 //! Runs every case on every backend, each as a test of its own name: `etcd/lock/grants_follow_arrival`.
 //!
 //! By environment: `QUORATE_BACKENDS` (names, separated by commas), `QUORATE_EXTERNAL` (the URL of a server to use
-//! instead of one that is started), `QUORATE_SERVERS` (`process` or `docker`: how servers are started), `QUORATE_SECURED`
-//! (servers with TLS, for a user with the least rights; the cases that break processes and servers are left out),
-//! `QUORATE_SHARE` (only one in so many cases of the contract), `QUORATE_RESULTS` (a file to which every outcome is written).
+//! instead of one that is started), `QUORATE_SERVERS` (`process` or `docker`: how servers are started), `QUORATE_TOPOLOGY`
+//! (`single`, `cluster` or `sentinel`: what is started; on clusters the cases that break servers are left out),
+//! `QUORATE_SECURED` (servers with TLS, for a user with the least rights; those cases are left out as well), `QUORATE_SHARE` (only one in so many cases of the contract), `QUORATE_RESULTS` (a file to which every outcome is written).
 
 use std::{
     fs::File,
@@ -17,7 +17,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use quorate_conformance::{Case, Outcome, limit, recipe_cases, run_case, waist_cases};
 use quorate_integration_tests::{
     SiteCase, actor, commit, gray, heartbeats, jitter, leaders, outage, process, registry,
-    site::{BACKENDS, Site, SiteClients},
+    site::{BACKENDS, Site, SiteClients, Topology},
 };
 use tokio::runtime::{Handle, Runtime};
 
@@ -54,9 +54,7 @@ fn main() -> ExitCode {
     let mut trials = Vec::new();
     for (backend, start) in &starts {
         trials.extend(contract(&runtime, &results, backend, start));
-        if !secured() {
-            trials.extend(site_cases(&runtime, &results, backend, start));
-        }
+        trials.extend(site_cases(&runtime, &results, backend, start));
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
     drop(starts);
@@ -71,9 +69,15 @@ async fn sites() -> Vec<(&'static str, Start)> {
     }
     let chosen = std::env::var("QUORATE_BACKENDS").unwrap_or_else(|_| BACKENDS.join(","));
     let chosen = BACKENDS.into_iter().filter(|b| chosen.split(',').any(|c| c == *b));
-    let chosen: Vec<_> = chosen.filter(|b| !secured() || *b != "memory").collect();
+    let topology = Topology::chosen();
+    let plain = !secured() && topology == Topology::Single;
+    let chosen: Vec<_> = chosen.filter(|b| plain || *b != "memory").collect();
     let starts = chosen.into_iter().map(|b| async move {
-        let start = if secured() { Site::start_secured(b).await } else { Site::start(b).await };
+        let start = match topology {
+            Topology::Single if secured() => Site::start_secured(b).await,
+            Topology::Single => Site::start(b).await,
+            _ => Site::start_cluster(b, topology).await,
+        };
         (b, start.map(Arc::new))
     });
     futures_util::future::join_all(starts).await
@@ -99,10 +103,10 @@ fn contract(runtime: &Runtime, results: &Results, backend: &'static str, start: 
 }
 
 /// Cases that break processes, servers or the way to them: on memory, which has neither processes nor servers, only
-/// those that break the way, and those that break a server not on one that is somebody else's.
+/// those that break the way, and those that break a server not on one that is somebody else's, a cluster, or secured.
 fn site_cases(runtime: &Runtime, results: &Results, backend: &'static str, start: &Start) -> Vec<Trial> {
     let memory = backend == "memory";
-    let external = !memory && start.as_ref().is_ok_and(|site| !site.is_ours());
+    let external = !memory && (secured() || start.as_ref().is_ok_and(|site| !site.is_ours()));
     let outages = match memory || external {
         true => Vec::new(),
         false => [outage::cases(), registry::cases(), commit::restarts::cases(), leaders::outage::cases()].concat(),

@@ -70,6 +70,8 @@ pub struct Seen {
     pub turns: Pulse,
     /// Writes of a key.
     pub writes: Pulse,
+    /// Of those writes, told by a watch.
+    pub news: Pulse,
     inside: AtomicUsize,
     /// Two held the lock at the same time.
     pub meetings: AtomicUsize,
@@ -258,6 +260,7 @@ async fn watch(coord: Coordinator, seen: Arc<Seen>) {
                 seen.backwards.fetch_add(usize::from(last >= Some(entry.modified)), Ordering::AcqRel);
                 last = Some(entry.modified);
                 seen.watched.store(number(&entry.value), Ordering::Release);
+                seen.news.beat();
             }
         }
     }
