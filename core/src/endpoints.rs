@@ -27,6 +27,11 @@ const LONG: Duration = Duration::from_millis(150);
 const ASK_EVERY: Duration = Duration::from_millis(250);
 /// Without any sign for this long a server is left. Longer than the pauses of a busy server, and than most elections.
 const GIVEN_UP: Duration = Duration::from_millis(1500);
+/// A process that was stopped itself finds that one question was answered late: it must ask again.
+const ASKED_AT_LEAST: u32 = 2;
+
+/// A server that has not given a sign within this has given none. Enough for a new connection with TLS over a long way.
+pub const SIGN_LIMIT: Duration = Duration::from_millis(750);
 
 /// What a server says of itself while it owes an answer to something else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,7 +70,7 @@ where
 {
     sleep(LONG).await;
     let mut first_term = None;
-    // Since when it has been like that.
+    // Since when it has been like that, and how often it was seen.
     let (mut leaderless, mut silent, mut late) = (None, None, None);
     loop {
         let asked = Instant::now();
@@ -79,35 +84,38 @@ where
                 }
                 if before.is_some() && term > before {
                     // Elected before we asked first: perhaps also before the request, which is then merely slow.
-                    late.get_or_insert(asked);
+                    seen(&mut late, asked);
                 }
                 first_term = first_term.or(term);
             }
             Sign::Leaderless => {
                 silent = None;
-                leaderless.get_or_insert(asked);
+                seen(&mut leaderless, asked);
             }
             Sign::Silent => {
                 leaderless = None;
-                silent.get_or_insert(asked);
+                seen(&mut silent, asked);
             }
         }
-        let long = |since: Option<Instant>| !alone && since.is_some_and(|since| since.elapsed() >= GIVEN_UP);
-        if long(leaderless) {
+        let long = |state: Option<(Instant, u32)>| {
+            state.is_some_and(|(since, times)| since.elapsed() >= GIVEN_UP && times >= ASKED_AT_LEAST)
+        };
+        if long(late) {
+            return Forsaken::LeaderChanged;
+        }
+        if !alone && long(leaderless) {
             return Forsaken::Leaderless;
         }
-        if long(silent) {
+        if !alone && long(silent) {
             return Forsaken::Silent;
-        }
-        if late.is_some_and(|since| since.elapsed() >= GIVEN_UP) {
-            return Forsaken::LeaderChanged;
         }
         sleep(ASK_EVERY).await;
     }
 }
 
-/// A server that has not given a sign within this has given none.
-pub const SIGN_LIMIT: Duration = ASK_EVERY;
+fn seen(state: &mut Option<(Instant, u32)>, now: Instant) {
+    state.get_or_insert((now, 0)).1 += 1;
+}
 
 /// A set of endpoints, by index, with the health that calls have seen.
 #[derive(Debug)]
@@ -227,10 +235,25 @@ mod tests {
         assert_eq!(told(false, Some(7), &[Serves(Some(7))]).await, None);
         // An election, and a pause of the server.
         assert_eq!(
-            told(false, None, &[Leaderless, Leaderless, Silent, Silent, Leaderless, Serves(Some(7))]).await,
+            told(false, None, &[Leaderless, Leaderless, Silent, Leaderless, Serves(Some(7))]).await,
             None
         );
         assert_eq!(told(true, Some(6), &[Silent]).await, None, "there is nobody else to ask");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_was_stopped_itself_asks_again_before_it_leaves_a_server() {
+        let asked = AtomicUsize::new(0);
+        let ask = async || {
+            if asked.fetch_add(1, Ordering::Relaxed) > 0 {
+                return Sign::Serves(None);
+            }
+            // The answer had come, but nobody ran who could have seen it.
+            sleep(Duration::from_secs(60)).await;
+            Sign::Silent
+        };
+        let told = tokio::time::timeout(Duration::from_secs(120), forsaken(false, None, ask)).await;
+        assert!(told.is_err(), "{told:?}");
     }
 
     #[tokio::test(start_paused = true)]

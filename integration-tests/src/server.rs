@@ -149,6 +149,8 @@ async fn process(backend: &str) -> Result<servers::Server, String> {
 async fn container(backend: &str) -> Result<containers::Server, String> {
     let kind = match backend {
         "etcd" => Kind::Etcd,
+        // What speaks Redis's protocol without being Redis.
+        "redis" if std::env::var_os("QUORATE_VALKEY").is_some() => Kind::Valkey,
         "redis" => Kind::Redis,
         "consul" => Kind::Consul,
         "zookeeper" => Kind::ZooKeeper,

@@ -203,6 +203,13 @@ impl SiteClients {
         }
         Arc::new(Self { config, ttl: site.ttl(), first: OnceCell::new() })
     }
+
+    /// Clients of a fresh namespace that all talk to the same server of a cluster.
+    pub fn of_one_server(site: &Site) -> Arc<Self> {
+        let mut config = site.config();
+        config.endpoints.truncate(1);
+        Arc::new(Self { config, ttl: site.ttl(), first: OnceCell::new() })
+    }
 }
 
 impl fmt::Debug for SiteClients {

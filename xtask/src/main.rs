@@ -56,8 +56,12 @@ struct TestArgs {
     /// Run the conformance cases on this server instead of one that is started here.
     #[arg(long, value_name = "URL")]
     external: Option<String>,
-    /// How servers are started. In containers only the conformance suite is run, on every backend that has a server, and
-    /// what starts containers for users.
+    /// Only the conformance cases, on clusters: three servers of etcd, Consul and ZooKeeper, a Redis Cluster, and Redis with
+    /// Sentinels.
+    #[arg(long, conflicts_with_all = ["external", "secured"])]
+    clusters: bool,
+    /// How servers are started. In containers only the conformance suite is run, on every backend that has a server, the
+    /// blows at clusters, and what starts containers for users.
     #[arg(long, value_enum, default_value_t = Servers::Process, conflicts_with = "external")]
     servers: Servers,
 }

@@ -17,6 +17,10 @@ pub(crate) fn test(args: &TestArgs) -> Outcome {
         return in_containers(args);
     }
     run::install(args.no_install)?;
+    if args.clusters {
+        let backends = with_servers(&args.backend)?;
+        return settled(&binaries::build()?, cluster_passes(&backends, &[]), args.case.as_deref());
+    }
     let backends = match &args.external {
         Some(url) => vec![Backend::of_url(url).ok_or("--external needs a URL such as etcd://host:2379/namespace")?],
         None => Backend::chosen(&args.backend),
@@ -48,31 +52,77 @@ pub(crate) fn test(args: &TestArgs) -> Outcome {
     if bank { Ok(()) } else { Err("the bank over several backends failed; see above".to_owned()) }
 }
 
-/// The conformance suite on servers in containers, and the tests of what starts containers for users.
+/// The conformance suite on servers in containers, the blows at clusters of them, and the tests of what starts containers for
+/// users.
 fn in_containers(args: &TestArgs) -> Outcome {
     run::install_these(&install::of_build(), args.no_install)?;
-    let mut backends = Backend::chosen(&args.backend);
-    backends.retain(|backend| *backend != Backend::Memory);
-    if backends.is_empty() {
-        return Err("memory has no server that could be in a container".to_owned());
+    let backends = with_servers(&args.backend)?;
+    let everything = args.case.is_none() && args.backend.is_empty() && !args.clusters;
+    let mut servers: Vec<_> = backends.iter().map(|b| b.name()).collect();
+    if everything {
+        servers.push("valkey");
     }
-    let servers: Vec<_> = backends.iter().map(|b| b.name()).collect();
     let docker = Docker::start(&servers, args.no_install)?;
     let binaries = binaries::build()?;
-    if args.case.is_none() && args.backend.is_empty() {
+    let mut environment = vec![("QUORATE_SERVERS".to_owned(), "docker".to_owned())];
+    environment.extend(docker.environment());
+    if args.clusters {
+        return settled(&binaries, cluster_passes(&backends, &environment), args.case.as_deref());
+    }
+    let mut passes = Vec::new();
+    if everything {
         for binary in binaries.iter().filter(|binary| is_for_users(binary)) {
             let mut command = binary.command();
             command.envs(docker.environment());
             must(&format!("{} of {}", binary.target, binary.package), &mut command)?;
         }
+        // Two at a time, as many servers as there are.
+        let mut command = find(&binaries, BLOWS)?.command();
+        command.envs(environment.clone()).args(["--nocapture", "--test-threads=2"]);
+        must("clusters in containers, whose servers are killed, frozen, cut off and restarted", &mut command)?;
+        let mut environment = environment.clone();
+        environment.push(("QUORATE_VALKEY".to_owned(), "1".to_owned()));
+        environment.push(("QUORATE_SHARE".to_owned(), SHARE.to_owned()));
+        passes.push(Pass { title: "the same on Valkey, one in three", backends: vec![Backend::Redis], environment });
     }
-    let mut environment = vec![("QUORATE_SERVERS".to_owned(), "docker".to_owned())];
-    environment.extend(docker.environment());
-    let pass = Pass { title: "conformance cases on real servers in containers", backends, environment };
-    let suite = find(&binaries, SUITE)?;
-    let mut rows = conformance(suite, &pass, &pass.backends, args.case.as_deref(), false)?;
-    settle(suite, &pass, &mut rows)?;
-    told(&[(pass, rows)])
+    passes.insert(0, Pass { title: "conformance cases on real servers in containers", backends, environment });
+    settled(&binaries, passes, args.case.as_deref())
+}
+
+/// Those of the chosen backends that have servers.
+fn with_servers(chosen: &[Backend]) -> Outcome<Vec<Backend>> {
+    let mut backends = Backend::chosen(chosen);
+    backends.retain(|backend| *backend != Backend::Memory);
+    if backends.is_empty() {
+        return Err("memory has no server that could be in a container or in a cluster".to_owned());
+    }
+    Ok(backends)
+}
+
+fn cluster_passes(backends: &[Backend], environment: &[(String, String)]) -> Vec<Pass> {
+    let pass = |title, topology: &str, backends| {
+        let mut environment = environment.to_vec();
+        environment.push(("QUORATE_TOPOLOGY".to_owned(), topology.to_owned()));
+        Pass { title, backends, environment }
+    };
+    let mut passes =
+        vec![pass("conformance cases on clusters; redis is a Redis Cluster", "cluster", backends.to_vec())];
+    if backends.contains(&Backend::Redis) {
+        passes.push(pass("conformance cases on Redis with Sentinels", "sentinel", vec![Backend::Redis]));
+    }
+    passes
+}
+
+/// Runs the conformance cases of these passes, and shows a table for each.
+fn settled(binaries: &[Binary], passes: Vec<Pass>, case: Option<&str>) -> Outcome {
+    let suite = find(binaries, SUITE)?;
+    let mut tables = Vec::new();
+    for pass in passes {
+        let mut rows = conformance(suite, &pass, &pass.backends, case, false)?;
+        settle(suite, &pass, &mut rows)?;
+        tables.push((pass, rows));
+    }
+    told(&tables)
 }
 
 /// Prints a table for each pass.
@@ -100,8 +150,8 @@ impl Pass {
     }
 }
 
-/// One case in so many is enough to use every right, when all cases run elsewhere anyway.
-const SECURED_SHARE: &str = "3";
+/// One case in so many is enough to use every right, or every command, when all cases run elsewhere anyway.
+const SHARE: &str = "3";
 
 fn passes(args: &TestArgs, backends: &[Backend], everything: bool) -> Vec<Pass> {
     let mut passes = Vec::new();
@@ -113,7 +163,7 @@ fn passes(args: &TestArgs, backends: &[Backend], everything: bool) -> Vec<Pass> 
     if (everything || args.secured) && !servers.is_empty() {
         let mut environment = vec![("QUORATE_SECURED".to_owned(), "1".to_owned())];
         if everything {
-            environment.push(("QUORATE_SHARE".to_owned(), SECURED_SHARE.to_owned()));
+            environment.push(("QUORATE_SHARE".to_owned(), SHARE.to_owned()));
         }
         let title = "the same over TLS, for a user with the least rights";
         passes.push(Pass { title, backends: servers, environment });
@@ -133,6 +183,9 @@ fn package(backend: Backend) -> String {
 
 /// The program with the cases that run on every backend.
 const SUITE: (&str, &str) = ("quorate-integration-tests", "conformance");
+
+/// The program that strikes clusters.
+const BLOWS: (&str, &str) = ("quorate-integration-tests", "clusters");
 
 /// Whether it holds tests of containers for users, which need a Docker daemon.
 fn is_for_users(binary: &Binary) -> bool {

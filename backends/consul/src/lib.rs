@@ -66,7 +66,9 @@
 //! `_` and `.` as `%` and hex digits; tags, address, port and weight where Consul has them; metadata as far as Consul
 //! takes it; the whole record in the metadata `quorate-0`, `quorate-1` and so on; and one TTL check that is passed with
 //! every renewal of the lease. A dead owner's instance is critical after the TTL, which is when quorate stops finding
-//! it, and is removed by the agent a minute later (`DeregisterCriticalServiceAfter`). Names of services are shared by
+//! it, and is removed by the agent a minute later (`DeregisterCriticalServiceAfter`). Each agent keeps records of its own: of
+//! two registrations with one id at two agents the newer one is found, but the earlier is not told that it was displaced,
+//! since a look for the other would cost the servers a read of the whole service. Names of services are shared by
 //! all namespaces of a Consul: what quorate registered in another namespace is left out. Rights: `service_prefix` write
 //! for what is registered, read for services and nodes for what is followed.
 //!
