@@ -16,6 +16,18 @@ pub(crate) enum Effect {
     Writes,
 }
 
+impl Effect {
+    /// What it means that no answer came, for this reason.
+    pub(crate) fn unanswered(self, why: &str) -> Failure {
+        match self {
+            Self::Reads => Failure::new(ErrorKind::Unavailable, format!("no answer: {why}")),
+            Self::Writes => {
+                Failure::new(ErrorKind::Ambiguous, format!("no answer to the request that was sent: {why}"))
+            }
+        }
+    }
+}
+
 /// What a failed call tells about the connection it was made on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
@@ -82,13 +94,7 @@ pub(crate) fn classify(error: &RedisError, effect: Effect) -> (Failure, Verdict)
     let text = describe(error);
     match error.kind() {
         Kind::AuthenticationFailed => (Failure::new(ErrorKind::Denied, text), Verdict::Leave),
-        Kind::Io => {
-            let (kind, what) = match effect {
-                Effect::Reads => (ErrorKind::Unavailable, "no answer"),
-                Effect::Writes => (ErrorKind::Ambiguous, "no answer to the request that was sent"),
-            };
-            (Failure::new(kind, format!("{what}: {text}")), Verdict::Leave)
-        }
+        Kind::Io => (effect.unanswered(&text), Verdict::Leave),
         Kind::Parse => {
             let kind = if effect == Effect::Reads { ErrorKind::Unavailable } else { ErrorKind::Ambiguous };
             (Failure::new(kind, format!("the answer is not in Redis's protocol: {text}")), Verdict::Leave)

@@ -4,14 +4,7 @@
 //! for ever, with jittered backoff; data and messages always come from the same server, because both
 //! connections are replaced together.
 
-use std::{
-    fmt,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{fmt, sync::Arc, time::Duration};
 
 use quorate_core::{Error, ErrorKind, Result};
 use redis::{RedisResult, Value, aio::MultiplexedConnection};
@@ -30,6 +23,8 @@ use crate::{
 
 /// How often a sentinel is asked whether the primary is still the primary.
 const DOUBT_EVERY: Duration = Duration::from_secs(1);
+/// One call that was refused gives up the link for all: those behind it are answered within this, if at all.
+const LAST_ANSWERS: Duration = Duration::from_millis(250);
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
@@ -51,28 +46,36 @@ impl fmt::Debug for Link {
     }
 }
 
+impl Link {
+    /// Returns when the link is of no more use, and what was on its way has had its time.
+    async fn left(&self) {
+        self.broken.wait().await;
+        sleep(LAST_ANSWERS).await;
+    }
+}
+
 /// Says once that a link is of no more use.
-#[derive(Debug, Default)]
-pub(crate) struct Broken {
-    flag: AtomicBool,
-    told: Notify,
+#[derive(Debug)]
+pub(crate) struct Broken(watch::Sender<bool>);
+
+impl Default for Broken {
+    fn default() -> Self {
+        Self(watch::Sender::new(false))
+    }
 }
 
 impl Broken {
     pub(crate) fn set(&self) {
-        self.flag.store(true, Ordering::Release);
-        // One permit is kept for the keeper, the only one who waits.
-        self.told.notify_one();
+        self.0.send_replace(true);
     }
 
     pub(crate) fn is_set(&self) -> bool {
-        self.flag.load(Ordering::Acquire)
+        *self.0.borrow()
     }
 
     async fn wait(&self) {
-        while !self.is_set() {
-            self.told.notified().await;
-        }
+        // The sender is borrowed, so that it is there.
+        let _ = self.0.subscribe().wait_for(|broken| *broken).await;
     }
 }
 
@@ -190,7 +193,14 @@ impl Server {
     ) -> Result<Value> {
         let mut patience =
             Patience { link, since: Instant::now(), limit: self.connector.options.request_timeout.mul_f64(0.75) };
-        let answer: RedisResult<Value> = call.send(conn).await;
+        let answer: RedisResult<Value> = tokio::select! {
+            biased;
+            answer = call.send(conn) => answer,
+            () = link.left() => {
+                patience.limit = Duration::MAX;
+                return Err(effect.unanswered("the connection was given up").error(operation));
+            }
+        };
         patience.limit = Duration::MAX;
         answer.map_err(|e| {
             let (failure, verdict) = classify(&e, effect);

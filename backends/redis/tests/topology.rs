@@ -156,6 +156,28 @@ async fn a_primary_that_was_replaced_while_it_slept_is_left_soon_after_it_wakes(
     assert!(took < Duration::from_secs(4), "left only after {took:?}");
 }
 
+/// The primary falls silent, as in a partition. A long limit, so that it is not what ends the call.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_under_way_to_a_primary_that_is_replaced_is_told_once_that_is_known() {
+    let group = Servers::sentinel(RedisOptions::default()).await.unwrap();
+    let url = format!("redis+sentinel://{}/t", list(group.sentinels()));
+    let limit = Duration::from_secs(60);
+    let config = Config::parse(&url).unwrap().with_timeouts(Duration::from_secs(3), limit);
+    let b = open(&config).await;
+    b.commit(&txn(vec![], vec![put(&key("k"), "before", None)])).await.unwrap();
+    let old = group.primary().await.unwrap();
+    replicated(&old).await;
+    old.pause().unwrap();
+    let began = tokio::time::Instant::now();
+    let error = b.commit(&txn(vec![], vec![put(&key("k"), "lost", None)])).await.expect_err("it is asleep");
+    assert_eq!(error.kind(), ErrorKind::Ambiguous, "{error}");
+    let after = txn(vec![], vec![put(&key("k"), "after", None)]);
+    persist(|| b.commit(&after)).await;
+    println!("written again {:?} after the silence began", began.elapsed());
+    assert!(began.elapsed() < limit / 3, "{:?}", began.elapsed());
+    old.resume().unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dead_sentinels_are_passed_over_and_an_unknown_name_is_told() {
     let group = Servers::sentinel(RedisOptions::default()).await.unwrap();
