@@ -57,6 +57,9 @@ pub(crate) struct Connector {
     seen: AtomicU64,
 }
 
+/// How long a primary has to answer before the sentinels are asked whether it still is one.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
+
 impl Connector {
     pub(crate) fn new(options: Options, keys: Keys, hub: Arc<Hub>) -> Self {
         let health = Endpoints::new(options.endpoints.len());
@@ -127,12 +130,30 @@ impl Connector {
         Err(worst.unwrap_or_else(|| Failure::new(ErrorKind::Unavailable, "no endpoint")))
     }
 
+    /// During a failover the sentinels name a primary that may be silent: they are asked again while it is.
     async fn through_sentinels(&self, master: &str, number: u64) -> Result<Link, Failure> {
-        let primary = primary(&self.options, master).await?;
-        self.open(&primary, number).await.map_err(|refused| {
-            let failure = refused.into_failure();
-            Failure { text: format!("the primary {primary}: {}", failure.text), ..failure }
-        })
+        let mut named = primary(&self.options, master).await?;
+        loop {
+            tokio::select! {
+                opened = self.open(&named, number) => return opened.map_err(|refused| {
+                    let failure = refused.into_failure();
+                    Failure { text: format!("the primary {named}: {}", failure.text), ..failure }
+                }),
+                other = self.another(master, &named) => named = other,
+            }
+        }
+    }
+
+    /// Returns when the sentinels name another primary than this one.
+    async fn another(&self, master: &str, than: &Address) -> Address {
+        loop {
+            sleep(ASK_AGAIN).await;
+            if let Ok(named) = primary(&self.options, master).await
+                && named != *than
+            {
+                return named;
+            }
+        }
     }
 
     /// Opens a link through one endpoint: to it, or to where it points.

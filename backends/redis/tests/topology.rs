@@ -178,6 +178,23 @@ async fn a_call_under_way_to_a_primary_that_is_replaced_is_told_once_that_is_kno
     old.resume().unwrap();
 }
 
+/// Until the failover is over the sentinels name a primary that is silent.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_connects_during_a_failover_ends_at_the_new_primary() {
+    let group = Servers::sentinel(RedisOptions::default()).await.unwrap();
+    let url = format!("redis+sentinel://{}/t", list(group.sentinels()));
+    let old = group.primary().await.unwrap();
+    replicated(&old).await;
+    old.pause().unwrap();
+    let began = tokio::time::Instant::now();
+    let limit = Duration::from_secs(40);
+    let b = open(&Config::parse(&url).unwrap().with_timeouts(limit, limit)).await;
+    println!("connected {:?} after the primary fell silent", began.elapsed());
+    assert!(began.elapsed() < limit / 2, "{:?}", began.elapsed());
+    b.commit(&txn(vec![], vec![put(&key("k"), "1", None)])).await.unwrap();
+    old.resume().unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn dead_sentinels_are_passed_over_and_an_unknown_name_is_told() {
     let group = Servers::sentinel(RedisOptions::default()).await.unwrap();
