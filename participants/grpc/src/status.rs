@@ -108,7 +108,11 @@ fn lost(status: &Status) -> Failure {
         let refused = cause
             .downcast_ref::<h2::Error>()
             .is_some_and(|e| e.is_reset() && e.is_remote() && e.reason() == Some(h2::Reason::REFUSED_STREAM));
-        never_left_its_queue || refused
+        // So says the server at an orderly end of the last requests that came, and of them only (RFC 9113, 6.8).
+        let too_late = cause
+            .downcast_ref::<h2::Error>()
+            .is_some_and(|e| e.is_go_away() && e.is_remote() && e.reason() == Some(h2::Reason::NO_ERROR));
+        never_left_its_queue || refused || too_late
     });
     let unseen = unsent || stale;
     let kind = if unseen { ErrorKind::Unavailable } else { ErrorKind::Ambiguous };
