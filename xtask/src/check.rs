@@ -14,7 +14,7 @@ pub(crate) fn check() -> Outcome {
     must("lints", cargo(&["clippy", "--workspace", "--all-targets", "--features", "full"]).args(deny_warnings))?;
     let mut docs = cargo(&["doc", "--workspace", "--no-deps", "--features", "full"]);
     must("docs", docs.env("RUSTDOCFLAGS", "-D warnings"))?;
-    must("no feature", &mut cargo(&["check", "-p", "quorate", "--no-default-features"]))?;
+    must("no feature", &mut cargo(&["check", "-p", "quorate", "-p", "quorate-cli", "--no-default-features"]))?;
     for feature in FEATURES {
         let what = format!("feature {feature} alone");
         let mut clippy = cargo(&["clippy", "-p", "quorate", "--no-default-features", "--features", feature]);
