@@ -69,8 +69,7 @@ pub(crate) async fn status(coord: &Coordinator, out: Out, name: &str) -> Outcome
     match &status.holder {
         None => out.line(&["free", &waiting], &json!({ "holder": null, "waiting": status.waiting }))?,
         Some(holder) => {
-            let (parts, mut object) = described(holder);
-            object["waiting"] = json!(status.waiting);
+            let (parts, object) = described(holder);
             let parts = [&["held".to_owned(), waiting][..], &parts].concat();
             let object = json!({ "holder": object, "waiting": status.waiting });
             out.line(&parts.iter().map(String::as_str).collect::<Vec<_>>(), &object)?;
