@@ -7,14 +7,14 @@
 
 use std::{
     future::Future,
-    sync::{
-        Mutex,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::atomic::{AtomicUsize, Ordering},
     time::Duration,
 };
 
-use tokio::time::{Instant, sleep};
+use tokio::{
+    sync::Mutex,
+    time::{Instant, sleep, timeout},
+};
 
 /// The first rest of a failed endpoint; doubled with every failure in a row.
 const FIRST_REST: Duration = Duration::from_millis(250);
@@ -56,10 +56,12 @@ pub enum Forsaken {
 }
 
 /// Waits beside a request that is not answered yet, and returns when its answer is not worth waiting for any longer. Asks
-/// nothing before the request takes long; then `ask` asks the server for a sign of life and returns within [`SIGN_LIMIT`].
+/// nothing before the request takes long; then `ask` asks the server for a sign of life, through [`Signs`], and waits for it no
+/// longer than [`SIGN_LIMIT`].
 ///
-/// Whoever has only one endpoint has nowhere else to go, and waits for it to its limit: `alone`. `before` is the term of the
-/// last answer before the request was sent, if servers tell terms.
+/// Whoever has only one endpoint, `alone`, has nowhere else to go: it waits to its limit for one that is silent or knows no
+/// leader, and is told of another leader all the same. `before` is the term of the last answer before the request was sent,
+/// if servers tell terms.
 ///
 /// # Cancel safety
 /// It holds nothing.
@@ -113,6 +115,31 @@ where
     }
 }
 
+/// The signs of one server, or of one connection. Of many requests that take long at the same time one asks for all: a server
+/// that is slow because it has much to do is not asked by each of them.
+#[derive(Debug, Default)]
+pub struct Signs(Mutex<Option<(Instant, Sign)>>);
+
+impl Signs {
+    /// Asks, or takes the sign that somebody else was asking for meanwhile.
+    ///
+    /// # Cancel safety
+    /// Dropped while it asks, the next one asks.
+    pub async fn get(&self, ask: impl Future<Output = Sign>) -> Sign {
+        let since = Instant::now();
+        // Whoever asks is somebody's future, which may not be polled any more: not waited for without a limit.
+        let Ok(mut last) = timeout(2 * SIGN_LIMIT, self.0.lock()).await else { return ask.await };
+        match *last {
+            Some((told, sign)) if told > since => sign,
+            _ => {
+                let sign = ask.await;
+                *last = Some((Instant::now(), sign));
+                sign
+            }
+        }
+    }
+}
+
 fn seen(state: &mut Option<(Instant, u32)>, now: Instant) {
     state.get_or_insert((now, 0)).1 += 1;
 }
@@ -121,7 +148,7 @@ fn seen(state: &mut Option<(Instant, u32)>, now: Instant) {
 #[derive(Debug)]
 pub struct Endpoints {
     current: AtomicUsize,
-    health: Mutex<Vec<Health>>,
+    health: std::sync::Mutex<Vec<Health>>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -136,7 +163,7 @@ impl Endpoints {
     pub fn new(count: usize) -> Self {
         let count = count.max(1);
         let first = usize::try_from(rand::random::<u32>()).unwrap_or(0) % count;
-        Self { current: AtomicUsize::new(first), health: Mutex::new(vec![Health::default(); count]) }
+        Self { current: AtomicUsize::new(first), health: std::sync::Mutex::new(vec![Health::default(); count]) }
     }
 
     /// The endpoint to use now.
@@ -265,6 +292,26 @@ mod tests {
         };
         let told = tokio::time::timeout(Duration::from_secs(120), forsaken(false, None, ask)).await;
         assert!(told.is_err(), "{told:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_many_who_want_a_sign_at_once_one_asks_and_one_that_is_not_polled_holds_up_nobody_for_long() {
+        let (signs, asked) = (Signs::default(), AtomicUsize::new(0));
+        let ask = async || {
+            asked.fetch_add(1, Ordering::Relaxed);
+            sleep(SIGN_LIMIT).await;
+            Sign::Silent
+        };
+        let all = futures_util::future::join_all((0..100).map(|_| signs.get(ask()))).await;
+        assert!(all.iter().all(|sign| *sign == Sign::Silent));
+        assert_eq!(asked.load(Ordering::Relaxed), 1);
+        assert_eq!(signs.get(async { Sign::Leaderless }).await, Sign::Leaderless, "an old sign is none");
+
+        let mut stuck = Box::pin(signs.get(ask()));
+        assert!(futures_util::poll!(&mut stuck).is_pending());
+        let began = Instant::now();
+        assert_eq!(signs.get(async { Sign::Leaderless }).await, Sign::Leaderless);
+        assert!(began.elapsed() <= 2 * SIGN_LIMIT);
     }
 
     #[tokio::test(start_paused = true)]

@@ -23,7 +23,7 @@ use hyper_util::{
 };
 use quorate_core::{
     Config, Result,
-    endpoints::{Endpoints, Forsaken, SIGN_LIMIT, Sign, forsaken},
+    endpoints::{Endpoints, Forsaken, SIGN_LIMIT, Sign, Signs, forsaken},
 };
 use rustls_pki_types::ServerName;
 use tokio::{
@@ -78,6 +78,8 @@ pub(crate) struct Http {
     client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     settings: Settings,
     health: Endpoints,
+    /// By agent. Asked without a slot, and so by one call at a time.
+    signs: Vec<Signs>,
     /// Calls may have moved to another agent: those that are blocked look where.
     moved: watch::Sender<()>,
     /// Held by the blocked query that asks whether the agent is alive.
@@ -129,8 +131,9 @@ impl Http {
             .pool_max_idle_per_host(settings.connections)
             .build(connector);
         let health = Endpoints::new(settings.agents.len());
+        let signs = settings.agents.iter().map(|_| Signs::default()).collect();
         let slots = Semaphore::new(settings.connections);
-        Ok(Self { client, settings, health, moved: watch::Sender::new(()), asks: Mutex::new(()), slots })
+        Ok(Self { client, settings, health, signs, moved: watch::Sender::new(()), asks: Mutex::new(()), slots })
     }
 
     pub(crate) fn settings(&self) -> &Settings {
@@ -179,7 +182,9 @@ impl Http {
             Some(if answer.status == StatusCode::OK && knows_none { Sign::Leaderless } else { Sign::Serves(None) })
         };
         // What is wrong with it, the request is told by itself.
-        timeout(SIGN_LIMIT, asked).await.map_or(Sign::Silent, |sign| sign.unwrap_or(Sign::Serves(None)))
+        let sign =
+            async { timeout(SIGN_LIMIT, asked).await.map_or(Sign::Silent, |sign| sign.unwrap_or(Sign::Serves(None))) };
+        self.signs[agent].get(sign).await
     }
 
     fn forsake(&self, agent: usize, why: Forsaken) -> Failure {

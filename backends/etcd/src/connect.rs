@@ -19,7 +19,7 @@ use etcd_client::{
 };
 use quorate_core::{
     Error, ErrorKind, Result,
-    endpoints::{Endpoints, Forsaken, SIGN_LIMIT, Sign, forsaken},
+    endpoints::{Endpoints, Forsaken, SIGN_LIMIT, Sign, Signs, forsaken},
 };
 use tokio::{
     sync::{OnceCell, watch},
@@ -62,6 +62,7 @@ pub(crate) struct Link {
     heard: AtomicU64,
     /// Calls have left this connection: it may be dead.
     left: watch::Sender<bool>,
+    signs: Signs,
 }
 
 impl std::fmt::Debug for Link {
@@ -136,7 +137,7 @@ impl Answer for Option<GetResponse> {
 impl Link {
     fn new(index: usize, clients: Option<Clients>) -> Arc<Self> {
         let (heard, left) = (AtomicU64::new(0), watch::Sender::new(false));
-        Arc::new(Self { index, clients: OnceCell::new_with(clients), heard, left })
+        Arc::new(Self { index, clients: OnceCell::new_with(clients), heard, left, signs: Signs::default() })
     }
 
     pub(crate) fn clients(&self) -> &Clients {
@@ -348,7 +349,7 @@ impl Pool {
         let answer = tokio::select! {
             biased;
             answer = request(link.clients()) => answer,
-            why = forsaken(alone, before, || link.clients().sign(&link, self)) => {
+            why = forsaken(alone, before, || link.signs.get(link.clients().sign(&link, self))) => {
                 asked.answered();
                 let (blame, message) = forsaken_because(why);
                 self.blame(&link, blame);

@@ -268,3 +268,30 @@ async fn an_agent_that_falls_silent_is_left_by_a_watch_alone() {
     println!("the watch was back {:?} after the silence began", began.elapsed());
     assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
 }
+
+/// Calls are kept below what the agent takes from one address; what is asked beside them must be as well.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_slow_calls_ask_for_one_sign_of_life() {
+    let server = server().await;
+    let proxies = [FaultProxy::start(server.addr()).await.unwrap(), FaultProxy::start(server.addr()).await.unwrap()];
+    let limit = Duration::from_secs(20);
+    let mut config = config(proxies[0].addr()).with_timeouts(limit, limit);
+    config.endpoints.push(proxies[1].addr().to_string());
+    let consul = Arc::new(quorate_consul::Consul::connect(&config).await.unwrap());
+    let used = proxies.iter().find(|p| p.counters().open > 0).expect("one of them is in use");
+    used.hold(Direction::ToClient);
+    let calls: Vec<_> = (0..32)
+        .map(|i| {
+            let consul = consul.clone();
+            let txn = Txn { checks: Vec::new(), writes: vec![put(&format!("k{i}"), "1", None)] };
+            tokio::spawn(async move { consul.commit(&txn).await })
+        })
+        .collect();
+    sleep(Duration::from_millis(1500)).await;
+    let open = used.counters().open;
+    assert!(open <= 32 + 4, "{open} connections for 32 calls");
+    for call in calls {
+        let error = timeout(limit / 2, call).await.expect("told in time").unwrap().expect_err("it is silent");
+        assert_eq!(error.kind(), ErrorKind::Ambiguous, "{error}");
+    }
+}
