@@ -2,9 +2,12 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use quorate_core::{Backend as _, ErrorKind, WatchEvent};
+use quorate_core::{Backend as _, ErrorKind, Watch, WatchEvent};
 use quorate_etcd::Etcd;
-use quorate_testkit::proxy::{Direction, FaultProxy};
+use quorate_testkit::{
+    proxy::{Direction, FaultProxy},
+    servers::Server,
+};
 use tokio::{
     net::TcpListener,
     time::{Instant, sleep, timeout},
@@ -226,20 +229,35 @@ async fn dropping_the_backend_closes_its_connections_and_ends_its_watches() {
     until("the connection is closed", || async { proxy.counters().open == 0 }).await;
 }
 
-/// As in a partition: nothing arrives any more, and no connection is closed. A long limit, so that it is not what ends the call.
+/// Of two ways to a server the one in use falls silent, as in a partition: nothing arrives any more, and no connection is
+/// closed. A long limit, so that it is not what ends a call.
+struct Silence {
+    server: Server,
+    _ways: [FaultProxy; 2],
+    etcd: Etcd,
+    watch: Watch,
+}
+
+impl Silence {
+    async fn begins() -> Self {
+        let server = server().await;
+        let ways = [FaultProxy::start(server.addr()).await.unwrap(), FaultProxy::start(server.addr()).await.unwrap()];
+        let limit = Duration::from_secs(20);
+        let config = config(ways.iter().map(FaultProxy::addr)).with_timeouts(limit, limit);
+        let etcd = Etcd::connect(&config).await.unwrap();
+        let mut watch = etcd.watch(&all()).await.unwrap();
+        assert_eq!(reset(&mut watch).await, 0);
+        let used = ways.iter().find(|way| way.counters().open > 0).expect("one of them is in use");
+        used.hold(Direction::ToServer);
+        used.hold(Direction::ToClient);
+        Self { server, _ways: ways, etcd, watch }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_silent_endpoint_is_left_by_a_call_under_way_and_by_watches_long_before_their_limits() {
-    let server = server().await;
-    let ways = [FaultProxy::start(server.addr()).await.unwrap(), FaultProxy::start(server.addr()).await.unwrap()];
-    let limit = Duration::from_secs(20);
-    let config = config(ways.iter().map(FaultProxy::addr)).with_timeouts(limit, limit);
-    let etcd = Etcd::connect(&config).await.unwrap();
-    let mut watch = etcd.watch(&all()).await.unwrap();
-    assert_eq!(reset(&mut watch).await, 0);
-    let used = ways.iter().find(|way| way.counters().open > 0).expect("one of them is in use");
+    let Silence { server: _server, _ways, etcd, mut watch } = Silence::begins().await;
     let began = Instant::now();
-    used.hold(Direction::ToServer);
-    used.hold(Direction::ToClient);
     let error = within("the call is told", etcd.commit(&put("a", "1"))).await.expect_err("it is silent");
     assert_eq!(error.kind(), ErrorKind::Ambiguous, "{error}");
     assert!(error.to_string().contains("answered nothing"), "{error}");
@@ -253,17 +271,8 @@ async fn a_silent_endpoint_is_left_by_a_call_under_way_and_by_watches_long_befor
 /// A watch alone, beside which nothing is asked.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_silent_endpoint_is_left_by_a_watch_alone() {
-    let server = server().await;
-    let ways = [FaultProxy::start(server.addr()).await.unwrap(), FaultProxy::start(server.addr()).await.unwrap()];
-    let limit = Duration::from_secs(20);
-    let config = config(ways.iter().map(FaultProxy::addr)).with_timeouts(limit, limit);
-    let etcd = Etcd::connect(&config).await.unwrap();
-    let mut watch = etcd.watch(&all()).await.unwrap();
-    assert_eq!(reset(&mut watch).await, 0);
-    let used = ways.iter().find(|way| way.counters().open > 0).expect("one of them is in use");
+    let Silence { server, _ways, etcd: _etcd, mut watch } = Silence::begins().await;
     let began = Instant::now();
-    used.hold(Direction::ToServer);
-    used.hold(Direction::ToClient);
     connect(server.addr()).await.commit(&put("a", "1")).await.unwrap();
     assert!(follow(&mut watch, &[("a", "1")]).await, "the watch is told of the gap");
     println!("the watch was back {:?} after the silence began", began.elapsed());
