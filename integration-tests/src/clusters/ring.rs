@@ -127,6 +127,7 @@ impl Ring {
         // To look at one of them: QUORATE_BLOWS=LeaderCutOff,LeaderIsolated
         if let Ok(only) = std::env::var("QUORATE_BLOWS") {
             blows.retain(|blow| only.split(',').any(|name| name == format!("{blow:?}")));
+            assert!(!blows.is_empty(), "QUORATE_BLOWS={only} names nothing that can be done to {:?}", self.shape);
         }
         blows
     }
